@@ -1,0 +1,1 @@
+"""PNG patches to frozen embeddings, embeddings to bags."""

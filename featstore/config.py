@@ -1,0 +1,141 @@
+"""The settings of a project (`featstore.yaml`): what is allowed, and what each field means.
+
+Everything that concerns data, backbone, extraction and store is here; the
+sections of heads and training live in `heads/config.py`, and `cli.py` joins
+the two. Reading and overriding files is in `featstore.settings`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _as_text(value: object) -> object:
+    """Ids and class codes are text everywhere; YAML reads a bare 38 as a number."""
+    if isinstance(value, bool) or value is None:
+        return value
+    return str(value) if isinstance(value, int | float) else value
+
+
+def _as_list(value: object) -> object:
+    """`exclude: 38` means the same as `exclude: [38]`."""
+    return [value] if isinstance(value, str | int | float) else value
+
+
+Text = Annotated[str, BeforeValidator(_as_text)]
+Texts = Annotated[list[Text], BeforeValidator(_as_list)]
+
+
+class Section(BaseModel):
+    """A section of the config: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class PatchesConfig(Section):
+    """Where the patches are and how their names are read."""
+
+    folder: str = Field("patches", description="folder of PNG patches, searched at any depth")
+    pattern: str | None = Field(
+        None,
+        description="regular expression for file names, with groups case, slice, stain, patch [x, y]",
+    )
+    geometry: str | None = Field(
+        None, description="CSV of patch positions: x,y[,width,height] or x0,y0,…,x3,y3 (level-0 px)"
+    )
+    on_unparsed: Literal["stop", "skip"] = Field(
+        "stop", description="what to do about names that cannot be read: stop | skip"
+    )
+    normalize_cases: bool = Field(True, description="numeric case ids: 038 is 38")
+    normalize_slices: bool = Field(True, description="slice ids: unmatched2 is unmatched_2")
+
+
+class ImagesConfig(Section):
+    """How a file's bytes become pixels."""
+
+    channel_order: Literal["rgb", "bgr"] = Field(
+        "rgb", description="bgr if the files were written with red and blue swapped"
+    )
+    max_pixels: int = Field(
+        100_000_000, ge=1, description="refuse larger images (width × height), from the header"
+    )
+    on_bad_image: Literal["stop", "skip"] = Field(
+        "stop", description="what to do about files that cannot be decoded: stop | skip"
+    )
+
+
+class LabelsConfig(Section):
+    """The table of labels, one row a case."""
+
+    file: str | None = Field(None, description="CSV with a column of case ids and one of classes")
+    case_column: str = Field("Case", description="name of the column of case ids")
+    class_column: str = Field("Class", description="name of the column of classes")
+
+
+class StoreConfig(Section):
+    """Where the embeddings are kept."""
+
+    path: str = Field("store", description="folder of the embedding store")
+    format: Literal["hdf5"] = Field("hdf5", description="file format of new parts")
+
+
+class BackboneConfig(Section):
+    """The frozen network."""
+
+    name: str = Field("densenet121", description="densenet121 | resnet50 | timm:NAME")
+    weights: str = Field(
+        "imagenet", description="imagenet | path of a .safetensors or .pth file | random:SEED"
+    )
+    resize: Annotated[int, Field(ge=8, le=4096)] | Literal["model"] = Field(
+        224, description="side in px of the resized whole patch, or model: the model's own resize and crop"
+    )
+    pool: int = Field(1, ge=1, le=16, description="average the feature map over pool × pool cells")
+    final_relu: bool = Field(True, description="DenseNet: apply the last ReLU before pooling")
+
+
+class ExtractConfig(Section):
+    """The one pass of all patches through the backbone."""
+
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto | cpu | cuda[:N]")
+    amp: Literal["auto", "bf16", "fp16", "off"] = Field(
+        "auto",
+        description="precision; auto: bf16 where the hardware has it, else float32 (CPU) or fp16 (GPU)",
+    )
+    dtype: Literal["float16", "float32"] = Field("float16", description="dtype of stored embeddings")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="patches a forward pass; auto: 16 on a CPU, 256 on a GPU"
+    )
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="decoding threads; auto: one a core"
+    )
+    shard: str | None = Field(
+        None,
+        pattern=r"^(\d+|auto)/[1-9]\d*$",
+        description="I/N: share I (from 0) of N; auto/N: I from the scheduler's array",
+    )
+    prune: bool = Field(False, description="drop embeddings whose PNG has vanished")
+    part_mb: int = Field(256, ge=1, description="a part file is closed at about this size")
+    part_seconds: float = Field(
+        60.0, gt=0, description="a part file is closed when its case has been in work this long"
+    )
+
+
+class FeatstoreConfig(Section):
+    """The sections that `featstore/` reads."""
+
+    patches: PatchesConfig = PatchesConfig()
+    images: ImagesConfig = ImagesConfig()
+    labels: LabelsConfig = LabelsConfig()
+    classes: dict[str, Texts] = Field(
+        {}, description="name of each class and the raw codes it stands for, e.g. benign: [1]"
+    )
+    exclude: Texts = Field([], description="case ids left out of everything")
+    groups: str | dict[str, Texts] | None = Field(
+        None, description="cases that belong together: CSV with columns case,group, or name: [case, …]"
+    )
+    stains: dict[str, Texts] = Field({}, description="further stains: name: [alias, …]")
+    store: StoreConfig = StoreConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    extract: ExtractConfig = ExtractConfig()

@@ -1,0 +1,64 @@
+"""Errors that a user can act on: what was found, what was expected, where, and what to do."""
+
+from __future__ import annotations
+
+
+class FeatstoreError(Exception):
+    """A problem that the user can mend; shown as a message, never as a traceback.
+
+    Args:
+        found: What is wrong, in a sentence.
+        expected: What would have been right.
+        where: The file, key, record or option concerned.
+        fix: The command or the change that mends it.
+
+    Attributes:
+        exit_code: What the command line returns: 2 for wrong usage or input,
+            1 where the answer is bad (damage found, a training that failed).
+    """
+
+    exit_code = 2
+
+    def __init__(self, found: str, *, expected: str = "", where: str = "", fix: str = "") -> None:
+        super().__init__(found)
+        self.found = found
+        self.expected = expected
+        self.where = where
+        self.fix = fix
+
+    def __str__(self) -> str:
+        parts = [self.found]
+        for label, text in (("expected", self.expected), ("where", self.where), ("to do", self.fix)):
+            if text:
+                parts.append(f"  {label}: {text}")
+        return "\n".join(parts)
+
+
+class ConfigError(FeatstoreError):
+    """An unknown key, a wrong type or a value out of range in the configuration."""
+
+
+class CohortError(FeatstoreError):
+    """Patches, labels or groups that cannot be read unambiguously."""
+
+
+class ImageError(FeatstoreError):
+    """A patch whose pixels cannot be had, or not without guessing."""
+
+
+class BackboneError(FeatstoreError):
+    """A backbone or its weights cannot be built as asked."""
+
+
+class StoreError(FeatstoreError):
+    """The embedding store cannot be used as asked."""
+
+
+class FingerprintMismatch(StoreError):
+    """Embeddings of two different makes were about to meet in one store."""
+
+
+class StoreDamaged(StoreError):
+    """A file that the store's newest records name is missing or is not what was written."""
+
+    exit_code = 1

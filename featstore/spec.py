@@ -1,0 +1,87 @@
+"""What makes two embeddings comparable: the backbone, its weights, preprocessing and dtypes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from featstore.errors import StoreError
+
+
+@dataclass(frozen=True)
+class EmbeddingSpec:
+    """Everything that an embedding's value depends on, besides the patch itself.
+
+    Two embeddings may be compared, and may share a store, exactly when their
+    fingerprints are equal. Library versions, batch size and machine are
+    recorded with every part, but are no part of the fingerprint.
+
+    Attributes:
+        backbone: The name as configured, e.g. ``densenet121`` or ``timm:NAME``.
+        weights_sha256: Digest of the state dict's names, dtypes, shapes and values.
+        resize: Side in pixels that the whole patch is resized to, or ``model``.
+        crop: Side of the centre crop after the resize; None for no cropping.
+        interpolation: ``bilinear``, ``bicubic``, …, the model's own.
+        resize_implementation: Which code resizes; results differ in the last bits.
+        channel_order: ``rgb`` or ``bgr``, as the PNG files were written.
+        color_policy: How grey, palette, alpha and 16-bit files become RGB.
+        mean: Per-channel mean of the normalisation, on a 0 to 1 scale.
+        std: Per-channel deviation of the normalisation.
+        pool: The feature map is averaged over a ``pool`` × ``pool`` grid.
+        final_relu: Whether DenseNet's last ReLU is applied; None for other models.
+        compute_dtype: ``float32``, ``bfloat16`` or ``float16`` (autocast).
+        stored_dtype: ``float16`` or ``float32``.
+        runtime: What computes the forward pass (``torch``).
+        dim: Number of features D.
+    """
+
+    backbone: str
+    weights_sha256: str
+    resize: int | str
+    crop: int | None
+    interpolation: str
+    resize_implementation: str
+    channel_order: str
+    color_policy: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pool: int
+    final_relu: bool | None
+    compute_dtype: str
+    stored_dtype: str
+    runtime: str
+    dim: int
+
+    @property
+    def fingerprint(self) -> str:
+        """The first 32 hexadecimal digits of the sha256 of the canonical JSON form."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON types."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], where: str) -> EmbeddingSpec:
+        """The inverse of `to_json`.
+
+        Raises:
+            StoreError: A field is missing or unknown.
+        """
+        names = {f.name for f in fields(cls)}
+        if set(data) != names:
+            raise StoreError(
+                f"the embedding description has the fields {sorted(data)}",
+                expected=f"{sorted(names)}",
+                where=where,
+                fix="read it with the featstore version that wrote it",
+            )
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+
+    def differences(self, other: EmbeddingSpec) -> list[str]:
+        """One line for each field in which ``self`` and ``other`` differ."""
+        mine, theirs = self.to_json(), other.to_json()
+        return [f"{k}: {mine[k]} here, {theirs[k]} there" for k in mine if mine[k] != theirs[k]]

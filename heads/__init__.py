@@ -1,0 +1,1 @@
+"""Heads that learn on cached embeddings: models, training, evaluation, inspection."""
