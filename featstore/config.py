@@ -9,41 +9,48 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 
 def _as_text(value: object) -> object:
     """Ids and class codes are text everywhere; YAML reads a bare 38 as a number."""
-    if isinstance(value, bool) or value is None:
-        return value
-    return str(value) if isinstance(value, int | float) else value
+    if isinstance(value, float):
+        raise ValueError(f"text, such as an id; put it in quotes, as {value} may be written in many ways")
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _as_list(value: object) -> object:
     """`exclude: 38` means the same as `exclude: [38]`."""
-    return [value] if isinstance(value, str | int | float) else value
+    return [value] if isinstance(value, str | int) else value
 
 
 Text = Annotated[str, BeforeValidator(_as_text)]
 Texts = Annotated[list[Text], BeforeValidator(_as_list)]
 
+# Marks settings that name a file or folder: as flags they start from the current folder.
+PATH: dict[str, JsonValue] = {"path": True}
+
 
 class Section(BaseModel):
     """A section of the config: unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class PatchesConfig(Section):
     """Where the patches are and how their names are read."""
 
-    folder: str = Field("patches", description="folder of PNG patches, searched at any depth")
+    folder: str = Field(
+        "patches", description="folder of PNG patches, searched at any depth", json_schema_extra=PATH
+    )
     pattern: str | None = Field(
         None,
         description="regular expression for file names, with groups case, slice, stain, patch [x, y]",
     )
     geometry: str | None = Field(
-        None, description="CSV of patch positions: x,y[,width,height] or x0,y0,…,x3,y3 (level-0 px)"
+        None,
+        description="CSV of patch positions: x,y[,width,height] or x0,y0,…,x3,y3 (level-0 px)",
+        json_schema_extra=PATH,
     )
     on_unparsed: Literal["stop", "skip"] = Field(
         "stop", description="what to do about names that cannot be read: stop | skip"
@@ -69,7 +76,9 @@ class ImagesConfig(Section):
 class LabelsConfig(Section):
     """The table of labels, one row a case."""
 
-    file: str | None = Field(None, description="CSV with a column of case ids and one of classes")
+    file: str | None = Field(
+        None, description="CSV with a column of case ids and one of classes", json_schema_extra=PATH
+    )
     case_column: str = Field("Case", description="name of the column of case ids")
     class_column: str = Field("Class", description="name of the column of classes")
 
@@ -77,7 +86,7 @@ class LabelsConfig(Section):
 class StoreConfig(Section):
     """Where the embeddings are kept."""
 
-    path: str = Field("store", description="folder of the embedding store")
+    path: str = Field("store", description="folder of the embedding store", json_schema_extra=PATH)
     format: Literal["hdf5"] = Field("hdf5", description="file format of new parts")
 
 

@@ -1,0 +1,81 @@
+"""Draw the pictures of the documentation: `python docs/make_images.py`."""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from featstore.demo import make_demo_cohort
+
+IMAGES = Path(__file__).parent / "images"
+CELL, LABEL, TITLE, IN_ROW = 130, 112, 30, 6
+STAIN_NAMES = {"h&e": "H&E", "melan": "Melan-A", "sox10": "SOX10"}
+OUTLINE = (0, 160, 60)
+
+
+def demo_picture(cohort_folder: Path) -> Image.Image:
+    """Draw a benign and a high-grade case of the demo, planted patches outlined.
+
+    Args:
+        cohort_folder: Written by `make_demo_cohort`.
+
+    Returns:
+        The contact sheet, 892 px wide, patches at their true size.
+    """
+    with (cohort_folder / "labels.csv").open(encoding="utf-8", newline="") as file:
+        codes = {row["Case"]: row["Class"] for row in csv.DictReader(file)}
+    with (cohort_folder / "planted.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    height = 2 * (TITLE + len(STAIN_NAMES) * CELL)
+    sheet = Image.new("RGB", (LABEL + IN_ROW * CELL, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(17)
+    top = 0
+    for title, case_id in (
+        ("benign", _richest(rows, {c for c, code in codes.items() if code == "1"})),
+        ("high grade (planted patches outlined)", _richest(rows, {c for c in codes if codes[c] != "1"})),
+    ):
+        draw.text((LABEL, top + 5), f"case {case_id}: {title}", fill="black", font=font)
+        top += TITLE
+        for stain, name in STAIN_NAMES.items():
+            draw.text((10, top + CELL // 2 - 10), name, fill="black", font=font)
+            of_stain = [row for row in rows if row["case_id"] == case_id and row["stain"] == stain]
+            _draw_row(sheet, cohort_folder, of_stain, top)
+            top += CELL
+    return sheet.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
+
+
+def _richest(rows: list[dict[str, str]], cases: set[str]) -> str:
+    """The case with all stains and the most planted patches; of equals the first."""
+
+    def richness(case_id: str) -> tuple[int, int, int]:
+        own = [row for row in rows if row["case_id"] == case_id]
+        return len({row["stain"] for row in own}), sum(int(row["planted"]) for row in own), -int(case_id)
+
+    return max(cases, key=richness)
+
+
+def _draw_row(sheet: Image.Image, folder: Path, rows: list[dict[str, str]], top: int) -> None:
+    """Up to three planted patches among six, in the order of the table."""
+    planted = [row for row in rows if row["planted"] == "1"][: IN_ROW // 2]
+    others = [row for row in rows if row["planted"] == "0"][: IN_ROW - len(planted)]
+    shown = [row for row in rows if row in planted or row in others]
+    for column, row in enumerate(shown):
+        patch = Image.open(folder / "patches" / row["path"])
+        patch.thumbnail((CELL - 8, CELL - 8))
+        left = LABEL + column * CELL + (CELL - patch.width) // 2
+        upper = top + (CELL - patch.height) // 2
+        if row["planted"] == "1":
+            frame = (left - 4, upper - 4, left + patch.width + 3, upper + patch.height + 3)
+            ImageDraw.Draw(sheet).rectangle(frame, outline=OUTLINE, width=4)
+        sheet.paste(patch, (left, upper))
+
+
+if __name__ == "__main__":
+    IMAGES.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        make_demo_cohort(Path(folder))
+        demo_picture(Path(folder)).save(IMAGES / "demo_patches.png", optimize=True)

@@ -1,0 +1,23 @@
+"""Frozen networks: name → module, preprocessing, number of features, digest of the weights."""
+
+from . import timm_models as _timm_models  # noqa: F401  (registers its backbones)
+from . import torchvision_models as _torchvision_models  # noqa: F401
+from .registry import (
+    Backbone,
+    Preprocessing,
+    backbone_names,
+    build_backbone,
+    normalize,
+    register_backbone,
+)
+from .weights import state_sha256
+
+__all__ = [
+    "Backbone",
+    "Preprocessing",
+    "backbone_names",
+    "build_backbone",
+    "normalize",
+    "register_backbone",
+    "state_sha256",
+]

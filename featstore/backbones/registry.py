@@ -1,0 +1,290 @@
+"""Name → frozen backbone, and the normalisation in front of it.
+
+A new kind of backbone is one builder with `register_backbone`; everything else
+(extraction, the store's fingerprint) knows only `Backbone`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from featstore.config import BackboneConfig
+from featstore.errors import BackboneError
+from featstore.images import COLOR_POLICY, RESIZE_IMPLEMENTATION
+from featstore.spec import EmbeddingSpec
+
+from .weights import state_sha256
+
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From a decoded patch to what the module takes; `featstore.images.prepare` and `normalize` apply it.
+
+    Attributes:
+        resize: As configured: a side in pixels, or ``model``.
+        size: Side of the module's input in pixels.
+        crop: Side of the centre crop (then ``size``); None: the whole patch is resized to a square.
+        scale_to: What the shorter side is resized to before the crop; ``size`` if there is none.
+        interpolation: ``bilinear``, ``bicubic``, …
+        mean: Per channel (R, G, B), on a 0 to 1 scale.
+        std: Per channel.
+    """
+
+    resize: int | str
+    size: int
+    crop: int | None
+    scale_to: int
+    interpolation: str
+    mean: Triple
+    std: Triple
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A frozen network that turns normalised patches into features.
+
+    Attributes:
+        name: As configured.
+        module: Float (B, 3, size, size), normalised RGB, to float32 (B, dim); in eval mode, without gradients.
+        preprocessing: What its input must have gone through.
+        dim: Number of features D.
+        weights: As configured.
+        weights_sha256: `weights.state_sha256` of the feature extractor, without a classifier.
+        pool: The feature map is averaged over pool × pool cells, D = C · pool², index
+            c · pool² + row · pool + column.
+        final_relu: Whether DenseNet's last ReLU is applied; None for other models.
+        weights_ignored: Names in the weights file that belong to nothing here; to be shown to the user.
+    """
+
+    name: str
+    module: nn.Module
+    preprocessing: Preprocessing
+    dim: int
+    weights: str
+    weights_sha256: str
+    pool: int
+    final_relu: bool | None
+    weights_ignored: tuple[str, ...] = ()
+
+    def spec(
+        self, channel_order: str, compute_dtype: str, stored_dtype: str, runtime: str = "torch"
+    ) -> EmbeddingSpec:
+        """The description of embeddings that this backbone makes.
+
+        Args:
+            channel_order: ``rgb`` or ``bgr``, of the files.
+            compute_dtype: ``float32``, ``bfloat16`` or ``float16``.
+            stored_dtype: ``float16`` or ``float32``.
+            runtime: What computes the forward pass.
+        """
+        p = self.preprocessing
+        return EmbeddingSpec(
+            backbone=self.name,
+            weights_sha256=self.weights_sha256,
+            resize=p.resize,
+            crop=p.crop,
+            interpolation=p.interpolation,
+            resize_implementation=RESIZE_IMPLEMENTATION,
+            channel_order=channel_order,
+            color_policy=COLOR_POLICY,
+            mean=p.mean,
+            std=p.std,
+            pool=self.pool,
+            final_relu=self.final_relu,
+            compute_dtype=compute_dtype,
+            stored_dtype=stored_dtype,
+            runtime=runtime,
+            dim=self.dim,
+        )
+
+
+Builder = Callable[[BackboneConfig, Path], Backbone]
+_BUILDERS: dict[str, Builder] = {}
+
+
+def register_backbone(name: str) -> Callable[[Builder], Builder]:
+    """Registers a builder under a name, or under a prefix that ends in a colon (``timm:``)."""
+
+    def register(builder: Builder) -> Builder:
+        _BUILDERS[name] = builder
+        return builder
+
+    return register
+
+
+def backbone_names() -> list[str]:
+    """The registered names and prefixes, sorted."""
+    return sorted(_BUILDERS)
+
+
+def build_backbone(config: BackboneConfig, base: Path) -> Backbone:
+    """Builds the backbone that the config names, on the CPU; torch's random state is left as it was.
+
+    Args:
+        config: The section ``backbone``.
+        base: Folder that a relative path in ``weights`` starts from.
+
+    Raises:
+        BackboneError: Unknown name; weights missing, unreadable or of another network; an
+            input size or a pooling that the network cannot take.
+    """
+    builder = _BUILDERS.get(config.name)
+    if builder is None:
+        prefix = config.name.partition(":")[0] + ":"
+        builder = _BUILDERS.get(prefix) if prefix in config.name else None
+    if builder is None:
+        near = nearest(config.name, backbone_names())
+        raise BackboneError(
+            f"unknown backbone {config.name!r}",
+            expected=" | ".join(n + "NAME" if n.endswith(":") else n for n in backbone_names()),
+            where="backbone.name",
+            fix=near or "for a model of timm write timm:NAME",
+        )
+    generator = torch.random.default_generator
+    state = generator.get_state()
+    try:
+        # What a library draws while it builds must depend on nothing that ran before. Not
+        # torch.manual_seed: it would also seed the GPU, whose state is not restored here.
+        generator.manual_seed(0)
+        return builder(config, base)
+    finally:
+        generator.set_state(state)
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """``did you mean …?``, or nothing if no name is near."""
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(near)}?" if near else ""
+
+
+def assemble(
+    config: BackboneConfig,
+    network: nn.Module,
+    module: nn.Module,
+    preprocessing: Preprocessing,
+    *,
+    final_relu: bool | None = None,
+    weights_ignored: tuple[str, ...] = (),
+) -> Backbone:
+    """Freezes a module, tries its shapes, and describes it.
+
+    Args:
+        config: The section ``backbone``.
+        network: What the weights' digest is taken of: the library's own names, no classifier.
+        module: Normalised input to features (B, D); holds ``network``.
+        preprocessing: In front of it.
+        final_relu: As in `Backbone`.
+        weights_ignored: As in `Backbone`.
+
+    Raises:
+        BackboneError: The module cannot take such an input.
+    """
+    module.eval().requires_grad_(False)
+    shape = _output_shape(module, preprocessing.size, config.name)
+    if len(shape) != 2:
+        raise BackboneError(
+            f"{config.name} gives features of shape {shape[1:]} a patch",
+            expected="a vector a patch",
+            where="backbone.name",
+            fix="choose another model",
+        )
+    return Backbone(
+        name=config.name,
+        module=module,
+        preprocessing=preprocessing,
+        dim=shape[1],
+        weights=config.weights,
+        weights_sha256=state_sha256(network),
+        pool=config.pool,
+        final_relu=final_relu,
+        weights_ignored=weights_ignored,
+    )
+
+
+@torch.no_grad()
+def _output_shape(module: nn.Module, size: int, name: str) -> tuple[int, ...]:
+    """Shape of the features of one patch, computed without data where the model allows it."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    meta = {key: torch.empty_like(value, device="meta") for key, value in tensors.items()}
+    try:
+        image = torch.empty(1, 3, size, size, device="meta")
+        return tuple(torch.func.functional_call(module, meta, (image,)).shape)
+    except BackboneError:
+        raise
+    except Exception:
+        # Some models mix in tensors of their own or read values; those are run for real.
+        try:
+            return tuple(module(torch.zeros(1, 3, size, size)).shape)
+        except (AssertionError, RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise BackboneError(
+                f"{name} cannot take patches of {size} × {size} px: {error}",
+                expected="a size that the model was made for",
+                where="backbone.resize",
+                fix="set backbone.resize: model, or a multiple of the model's patch size",
+            ) from error
+
+
+def normalize(
+    batch: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """(x / 255 − mean) / std, computed in float32 on the batch's device.
+
+    Args:
+        batch: (B, H, W, 3) uint8.
+        mean: Per channel, on a 0 to 1 scale.
+        std: Per channel.
+        dtype: Of the result.
+
+    Returns:
+        (B, 3, H, W) in channels_last memory format. No synchronisation with the device,
+        besides the first call's copy of six numbers.
+    """
+    shift, scale = _affine(tuple(mean), tuple(std), batch.device)
+    # The permuted view of (B, H, W, 3) is channels_last already, and `to` keeps strides.
+    return batch.permute(0, 3, 1, 2).to(torch.float32).sub_(shift).mul_(scale).to(dtype)
+
+
+@lru_cache(maxsize=16)
+def _affine(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # Cached tensors made in inference mode would be useless to fine-tuning later.
+    with torch.inference_mode(False):
+        shift = torch.tensor([255 * m for m in mean], dtype=torch.float32)
+        scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32)
+        return shift.view(1, 3, 1, 1).to(device), scale.view(1, 3, 1, 1).to(device)
+
+
+def pool_grid(maps: torch.Tensor, n: int, name: str) -> torch.Tensor:
+    """Averages feature maps over n × n cells, in float32.
+
+    Args:
+        maps: (B, C, h, w).
+        n: Cells a side; where n does not divide h, cells overlap by a row (adaptive pooling:
+            cell i spans rows floor(i·h/n) to ceil((i+1)·h/n)).
+        name: Of the backbone, for errors.
+
+    Returns:
+        (B, C · n²) float32, channel-major: index c · n² + row · n + column.
+
+    Raises:
+        BackboneError: The map has fewer than n rows or columns.
+    """
+    height, width = maps.shape[-2:]
+    if min(height, width) < n:
+        raise BackboneError(
+            f"{name} gives a feature map of {height} × {width} at this size",
+            expected=f"at least {n} × {n}, for backbone.pool {n}",
+            where="backbone.pool",
+            fix="lower backbone.pool, or raise backbone.resize",
+        )
+    return nn.functional.adaptive_avg_pool2d(maps.float(), n).flatten(1)

@@ -1,0 +1,7 @@
+"""Patch table × backbone → store."""
+
+from featstore.extraction.pipeline import Progress
+from featstore.extraction.plan import Plan
+from featstore.extraction.run import ExtractionReport, extract
+
+__all__ = ["ExtractionReport", "Plan", "Progress", "extract"]

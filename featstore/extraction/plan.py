@@ -1,0 +1,202 @@
+"""What is left to do: the patch table held against what the store has committed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from featstore.cohort.patches import Scan
+from featstore.config import ImagesConfig
+from featstore.errors import ImageError
+from featstore.extraction.shards import Shard, in_shard
+from featstore.images import check_header
+from featstore.store import Store
+
+KEY = ["case_id", "stain", "slice_id", "patch"]
+# Calls that wait for a (network) file system overlap in threads.
+_IO_THREADS = 16
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an extraction will do.
+
+    Attributes:
+        pending: Rows of the patch table to be computed, in its order.
+        new: How many of them the store does not have.
+        changed: How many of them the store has from other bytes.
+        done: Patches of this share that need nothing.
+        touched: Of these, files with another time stamp but the same bytes.
+        moved: Of these, files that lie elsewhere below the patches folder.
+        vanished: Rows of `Store.sources` whose patch is no longer in the table.
+        skipped: Files that cannot be used, with the reason (``on_bad_image: skip``).
+    """
+
+    pending: pd.DataFrame
+    new: int
+    changed: int
+    done: int
+    touched: int
+    moved: int
+    vanished: pd.DataFrame
+    skipped: list[tuple[str, str]]
+
+    def to_text(self, total: int) -> str:
+        """What will be done, in a few lines for a person."""
+        lines = [
+            f"{total:,} patches in the folder: {len(self.pending):,} to do "
+            f"({self.new:,} new, {self.changed:,} changed), {self.done:,} done already"
+        ]
+        if self.touched:
+            lines.append(f"{self.touched:,} files have another time stamp but the same bytes: done")
+        if self.moved:
+            lines.append(f"{self.moved:,} files lie elsewhere in the folder than when they were embedded")
+        if len(self.vanished):
+            shown = ", ".join(self.vanished["path"].head(3))
+            lines.append(
+                f"{len(self.vanished):,} patches have vanished ({shown}, …); their embeddings stay until "
+                "`featstore extract --prune`"
+            )
+        return "\n".join(lines)
+
+
+def make_plan(scan: Scan, store: Store | None, shard: Shard, images: ImagesConfig) -> Plan:
+    """Compare the folder with the store, and look at the header of every pending file.
+
+    A file counts as unchanged if its size and modification time are those recorded,
+    or else if its bytes have the recorded sha256.
+
+    Args:
+        scan: The patch table.
+        store: The store as it is; None if there is none yet.
+        shard: This process's share.
+        images: Limits, and what to do about files that cannot be used.
+
+    Raises:
+        ImageError: Files cannot be used and ``on_bad_image`` is ``stop``; names them.
+    """
+    sizes, times = _stat(scan)
+    mine = in_shard(scan.table, sizes, shard)
+    table = scan.table.assign(size=sizes, mtime_ns=times)
+    sources = _no_sources() if store is None else store.sources()
+    merged = _merge(table, sources)
+    both = merged["_merge"].eq("both").to_numpy() & mine
+    same_stat = merged["size"].eq(merged["size_stored"]) & merged["mtime_ns"].eq(merged["mtime_ns_stored"])
+    suspects = np.flatnonzero(both & ~same_stat.to_numpy())
+    same_bytes = _same_bytes(scan.folder, merged, suspects)
+    changed = np.zeros(len(merged), bool)
+    changed[suspects[~same_bytes]] = True
+    new = merged["_merge"].eq("left_only").to_numpy() & mine
+    done = both & ~changed
+    moved = done & merged["path"].ne(merged["path_stored"]).to_numpy()
+    pending = table[new | changed]
+    bad = check_headers(scan.folder, pending["path"].tolist(), images)
+    return Plan(
+        pending=pending[~pending["path"].isin([path for path, _ in bad])],
+        new=int(new.sum()),
+        changed=int(changed.sum()),
+        done=int(done.sum()),
+        touched=int(same_bytes.sum()),
+        moved=int(moved.sum()),
+        vanished=_vanished(scan, table, sources),
+        skipped=bad,
+    )
+
+
+def check_headers(folder: Path, paths: Sequence[str], images: ImagesConfig) -> list[tuple[str, str]]:
+    """Look at the first bytes of files, so that hopeless ones are told before any work.
+
+    Returns:
+        (path, reason) of each file that cannot be used.
+
+    Raises:
+        ImageError: There are such files and ``on_bad_image`` is ``stop``.
+    """
+
+    def check(path: str) -> str:
+        try:
+            check_header(folder / path, path, images.max_pixels)
+        except ImageError as error:
+            return error.found
+        return ""
+
+    bad = [(path, reason) for path, reason in zip(paths, _map(check, paths), strict=True) if reason]
+    if bad and images.on_bad_image == "stop":
+        shown = "\n".join(f"    {path}: {reason}" for path, reason in bad[:10])
+        more = f"\n    … and {len(bad) - 10:,} more" if len(bad) > 10 else ""
+        raise ImageError(
+            f"{len(bad):,} of {len(paths):,} files cannot be used:\n{shown}{more}",
+            expected="PNG images",
+            where=str(folder),
+            fix="mend or remove these files, or leave them out with --on-bad-image skip (they are listed)",
+        )
+    return bad
+
+
+def _stat(scan: Scan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def stat(path: str) -> tuple[int, int]:
+        try:
+            found = os.stat(scan.folder / path)
+        except OSError as error:
+            raise ImageError(
+                f"a patch cannot be read ({error.strerror})",
+                where=str(scan.folder / path),
+                fix="check that nothing else is moving these files, then run the command again",
+            ) from error
+        return found.st_size, found.st_mtime_ns
+
+    found = np.array(_map(stat, scan.table["path"].tolist()), np.int64).reshape(-1, 2)
+    return found[:, 0], found[:, 1]
+
+
+def _same_bytes(folder: Path, merged: pd.DataFrame, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    paths = merged["path"].to_numpy()
+    digests = merged["sha256"].to_numpy()
+
+    def same(row: int) -> bool:
+        return hashlib.sha256((folder / paths[row]).read_bytes()).digest() == digests[row]
+
+    return np.array(_map(same, rows.tolist()), bool)
+
+
+def _merge(table: pd.DataFrame, sources: pd.DataFrame) -> pd.DataFrame:
+    left = table[[*KEY, "path", "size", "mtime_ns"]].astype(
+        {"case_id": object, "stain": object, "slice_id": object}
+    )
+    return left.merge(sources, on=KEY, how="left", suffixes=("", "_stored"), indicator=True)
+
+
+def _vanished(scan: Scan, table: pd.DataFrame, sources: pd.DataFrame) -> pd.DataFrame:
+    here = table[KEY].astype({"case_id": object, "stain": object, "slice_id": object})
+    found = sources.merge(here, on=KEY, how="left", indicator=True)["_merge"].eq("both").to_numpy()
+    # An excluded case's patches are still there; they are only not looked at.
+    excluded = sources["case_id"].isin(scan.excluded).to_numpy()
+    return sources[~found & ~excluded]
+
+
+def _no_sources() -> pd.DataFrame:
+    empty = pd.DataFrame(columns=[*KEY, "path", "size", "mtime_ns", "sha256"], dtype=object)
+    return empty.astype({"patch": np.int64})
+
+
+def _map(function: Callable[..., T], items: Sequence[object]) -> list[T]:
+    if not items:
+        return []
+    # One task a file costs more than the call itself; a few hundred files a task do not.
+    chunks = [items[i : i + 256] for i in range(0, len(items), 256)]
+    with ThreadPoolExecutor(_IO_THREADS) as pool:
+        return [
+            result
+            for part in pool.map(lambda chunk: [function(x) for x in chunk], chunks)
+            for result in part
+        ]

@@ -1,0 +1,212 @@
+"""A project folder: making one, checking its cohort, filling its store."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from featstore.cohort import (
+    Caps,
+    CohortReport,
+    Labels,
+    Scan,
+    check_cohort,
+    read_groups,
+    read_labels,
+    scan,
+    write_csv,
+)
+from featstore.config import FeatstoreConfig
+from featstore.errors import ConfigError
+from featstore.extraction import ExtractionReport, Plan, Progress, extract
+from featstore.settings import PROJECT_FILE, Leaf, leaves
+from featstore.store import Store
+from featstore.store.store import read_manifest
+
+REPORTS = "reports"
+
+_HEADER = """\
+# A featstore project. In this folder every command works as typed:
+#   featstore check      what is in the cohort, what is left out and why
+#   featstore extract    every patch through the backbone, once
+#   featstore info       what the store holds
+# Lines that start with '#' show the defaults. Every setting is also a flag
+# (--batch-size 32) and can be set with --set section.key=value.
+"""
+
+
+@dataclass(frozen=True)
+class NewProject:
+    """A project folder that has just been made, and what its patches look like."""
+
+    path: Path
+    report: CohortReport
+    classes: dict[str, list[str]]
+
+    def to_text(self) -> str:
+        """What was found, and what to do next."""
+        guessed = (
+            f"\nNo classes were given: every raw code became a class; edit `classes:` in {self.path}."
+            if self.classes
+            else ""
+        )
+        return f"{self.report.to_text()}\n\nwrote {self.path}{guessed}\nnext: featstore extract"
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON types."""
+        return {"config": str(self.path), "report": self.report.to_json()}
+
+
+def init_project(config: FeatstoreConfig, project: Path, patches: Path, force: bool = False) -> NewProject:
+    """Look at a folder of patches and write a commented `featstore.yaml`.
+
+    Args:
+        config: Settings given as flags; written into the file.
+        project: The folder that becomes the project.
+        patches: The folder of patches.
+        force: Replace an existing `featstore.yaml`.
+
+    Raises:
+        FeatstoreError: The patches or labels cannot be used, or there is a project already.
+    """
+    target = project / PROJECT_FILE
+    if target.exists() and not force:
+        raise ConfigError(
+            f"there is a {PROJECT_FILE} already",
+            where=str(target),
+            fix="edit it, or replace it with --force",
+        )
+    if project.resolve().is_relative_to(patches.resolve()):
+        raise ConfigError(
+            "the project folder lies in the folder of patches: its pictures would be taken for patches",
+            where=str(project),
+            fix=f"make it elsewhere: mkdir ../project; cd ../project; featstore init {patches.absolute()}",
+        )
+    folder = (
+        os.path.relpath(patches, project) if patches.resolve().is_relative_to(project.resolve()) else None
+    )
+    values = config.model_dump()
+    values["patches"]["folder"] = folder or str(patches.absolute())
+    if values["labels"]["file"] is not None and not (project / values["labels"]["file"]).is_file():
+        values["labels"]["file"] = str(Path(values["labels"]["file"]).absolute())
+    config = type(config).model_validate(values)
+    report = check_project(config, project, None)
+    labels = _labels(config, project)
+    classes = {} if config.classes or labels is None else {_class_name(n): [n] for n in labels.class_names}
+    if not os.access(project, os.W_OK):
+        raise ConfigError(
+            "no permission to write here", where=str(project), fix="choose another folder: --project DIR"
+        )
+    target.write_text(_document(config, classes), encoding="utf-8")
+    report.save(project / REPORTS / "check")
+    return NewProject(target, report, classes)
+
+
+def check_project(
+    config: FeatstoreConfig, project: Path, caps: Caps | None, sample: int = 64, found: Scan | None = None
+) -> CohortReport:
+    """The cohort's report, with the stored quality columns where there is a store.
+
+    Args:
+        config: The project's settings.
+        project: The folder that relative paths start from.
+        caps: Limits of training whose effect is told; None for none.
+        sample: Patches a stain that are decoded.
+        found: The patch table, if it has been read already.
+
+    Raises:
+        FeatstoreError: The patches or labels cannot be used.
+    """
+    found = found or _scan(config, project)
+    labels = _labels(config, project)
+    groups = read_groups(config.groups, project, config.patches.normalize_cases)
+    path = project / config.store.path
+    quality = Store.open(path).table() if read_manifest(path) is not None else None
+    return check_cohort(found, labels, groups, config.images, caps=caps, quality=quality, sample=sample)
+
+
+def extract_project(
+    config: FeatstoreConfig,
+    project: Path,
+    caps: Caps | None = None,
+    observe: Callable[[Progress], None] = lambda progress: None,
+    announce: Callable[[Scan, Plan, CohortReport | None], None] = lambda scan, plan, report: None,
+) -> ExtractionReport:
+    """Check the cohort, fill the store, and save a report of both.
+
+    Args:
+        config: The project's settings.
+        project: The folder that relative paths start from.
+        caps: For the cohort's report.
+        observe: Called after every batch.
+        announce: Called before the work; the report is None where there is nothing to do.
+
+    Raises:
+        FeatstoreError: Whatever stands in the way.
+    """
+    # Labels are not needed to embed, but a mistake in them is better told now than in two hours.
+    _labels(config, project)
+    read_groups(config.groups, project, config.patches.normalize_cases)
+
+    def checked(found: Scan, plan: Plan) -> None:
+        report = check_project(config, project, caps, 16, found) if len(plan.pending) else None
+        if report is not None:
+            report.save(project / REPORTS / "check")
+        announce(found, plan, report)
+
+    report = extract(config, project, observe, checked)
+    _save_extraction(report, project / REPORTS / "extract", config.extract.shard)
+    return report
+
+
+def _scan(config: FeatstoreConfig, project: Path) -> Scan:
+    folder = project / config.patches.folder
+    return scan(folder, config.patches, config.stains, config.exclude, base=project)
+
+
+def _labels(config: FeatstoreConfig, project: Path) -> Labels | None:
+    if config.labels.file is None:
+        return None
+    return read_labels(config.labels, config.classes, project, config.patches.normalize_cases)
+
+
+def _save_extraction(report: ExtractionReport, folder: Path, shard: str | None) -> None:
+    suffix = "" if shard is None else f"_{shard.replace('/', '_of_')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report.to_json(), indent=2, ensure_ascii=False)
+    (folder / f"report{suffix}.json").write_text(text + "\n", encoding="utf-8")
+    write_csv(folder / f"skipped{suffix}.csv", ["path", "reason"], report.skipped)
+    columns = ["case_id", "stain", "slice_id", "patch", "path"]
+    vanished = report.plan.vanished[columns].itertuples(index=False)
+    write_csv(folder / f"vanished{suffix}.csv", columns, [tuple(row) for row in vanished])
+
+
+def _class_name(raw: str) -> str:
+    return raw if raw and not raw[0].isdigit() else f"class_{raw}"
+
+
+def _document(config: FeatstoreConfig, classes: dict[str, list[str]]) -> str:
+    """`featstore.yaml`: every setting with its meaning; those that have their default are commented out."""
+    lines = [_HEADER]
+    section = ""
+    for leaf in leaves(type(config)):
+        if leaf.section != section:
+            section = leaf.section
+            lines.append(f"\n{section}:" if section else "")
+        holder: Any = getattr(config, leaf.section) if leaf.section else config
+        value = getattr(holder, leaf.key)
+        if leaf.path == "classes" and classes:
+            value = classes
+        lines.append(_line(leaf, value))
+    return "\n".join(lines) + "\n"
+
+
+def _line(leaf: Leaf, value: Any) -> str:
+    indent = "  " if leaf.section else ""
+    off = "# " if value == leaf.info.get_default() and leaf.path != "patches.folder" else ""
+    shown = json.dumps(value, ensure_ascii=False)
+    return f"{indent}# {leaf.info.description}\n{indent}{off}{leaf.key}: {shown}"

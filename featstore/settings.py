@@ -1,0 +1,291 @@
+"""Reading settings: `featstore.yaml`, files laid over it, `--set` and flags, in this order."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from featstore.errors import ConfigError
+
+PROJECT_FILE = "featstore.yaml"
+_MAX_BYTES = 1 << 20
+# A point or an exponent makes a number a float; a leading zero makes it text (an id such as 038).
+_FLOAT = (
+    r"[-+]?((0|[1-9][0-9]*)?\.[0-9]+|(0|[1-9][0-9]*)\.?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)"
+)
+C = TypeVar("C", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One setting: ``section.key``, or just ``key`` at the top level."""
+
+    section: str
+    key: str
+    info: FieldInfo
+
+    @property
+    def path(self) -> str:
+        """``section.key``."""
+        return f"{self.section}.{self.key}" if self.section else self.key
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether it is on or off."""
+        return self.info.annotation is bool
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is plain text, which must not be read as YAML."""
+        return self.info.annotation in (str, str | None)
+
+    @property
+    def is_path(self) -> bool:
+        """Whether it names a file or folder; such flags start from the current folder."""
+        extra = self.info.json_schema_extra
+        return isinstance(extra, dict) and extra.get("path") is True
+
+
+def leaves(model: type[BaseModel]) -> Iterator[Leaf]:
+    """Every setting of a config, in the order of its definition."""
+    for name, info in model.model_fields.items():
+        section = info.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            for key, inner in section.model_fields.items():
+                yield Leaf(name, key, inner)
+        else:
+            yield Leaf("", name, info)
+
+
+def flag_names(model: type[BaseModel]) -> dict[str, list[str]]:
+    """The flags of every setting, by its path.
+
+    ``--section-key`` always works; ``--key`` where no other section has this key;
+    ``--section`` stands for a section's first setting that says what or where
+    (``--backbone``, ``--labels``, ``--store``, ``--patches``).
+    """
+    found = list(leaves(model))
+    count: dict[str, int] = {}
+    for leaf in found:
+        count[leaf.key] = count.get(leaf.key, 0) + 1
+    names: dict[str, list[str]] = {}
+    seen: set[str] = set()
+    for leaf in found:
+        flags = [leaf.key] if count[leaf.key] == 1 else []
+        if leaf.section:
+            flags.append(f"{leaf.section}-{leaf.key}")
+            if leaf.section not in seen and leaf.key in ("name", "path", "file", "folder"):
+                flags.append(leaf.section)
+            seen.add(leaf.section)
+        names[leaf.path] = ["--" + flag.replace("_", "-") for flag in flags]
+    return names
+
+
+@dataclass
+class Layers:
+    """Settings laid over one another; the last word wins, and every word knows where it was said."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+
+    def add(self, model: type[BaseModel], data: Mapping[str, Any], origin: str) -> None:
+        """Lay ``data`` (as read from YAML) over what is there: section by section, key by key."""
+        sections = {leaf.section for leaf in leaves(model)} - {""}
+        for name, value in data.items():
+            if name in sections and value is None:  # `train:` with nothing below it
+                continue
+            if name in sections and isinstance(value, Mapping):
+                self.values.setdefault(name, {}).update(value)
+                self.origins.update({f"{name}.{key}": origin for key in value})
+            else:
+                self.values[name] = value
+                self.origins[name] = origin
+
+    def build(self, model: type[C]) -> C:
+        """Check everything and make the config.
+
+        Raises:
+            ConfigError: An unknown key, a wrong type or a value out of range.
+        """
+        try:
+            return model.model_validate(self.values)
+        except ValidationError as error:
+            raise self._explain(model, error.errors()) from error
+
+    def _explain(self, model: type[BaseModel], problems: Sequence[Any]) -> ConfigError:
+        problem = min(problems, key=lambda p: p["type"] != "extra_forbidden")
+        known = {leaf.path: leaf for leaf in leaves(model)}
+        location = [str(part) for part in problem["loc"]]
+        path = next((p for p in (".".join(location[:2]), location[0]) if p in known), ".".join(location))
+        origin = self.origins.get(path, self.origins.get(location[0], "the defaults"))
+        if problem["type"] == "extra_forbidden":
+            return unknown_key(model, path, origin)
+        value: Any = self.values
+        depth = path.count(".") + 1
+        for name in location[:depth]:
+            value = value.get(name)
+        # A setting of several types fails once for each of them.
+        reasons = [
+            p["msg"] for p in problems if [str(part) for part in p["loc"]][:depth] == location[:depth]
+        ]
+        expected = "; or ".join(dict.fromkeys(_plain(reason) for reason in reasons))
+        if path in known and known[path].info.description:
+            expected += f" ({known[path].info.description})"
+        return ConfigError(
+            f"{path} is {value!r}", expected=expected, where=origin, fix=f"change {path} in {origin}"
+        )
+
+
+def unknown_key(model: type[BaseModel], path: str, origin: str) -> ConfigError:
+    """The error for a key that does not exist, with the nearest one that does."""
+    known = [leaf.path for leaf in leaves(model)]
+    if "." not in path:
+        known += sorted({leaf.section for leaf in leaves(model)} - {""})
+    nearest = nearest_name(path, known)
+    return ConfigError(
+        f"there is no setting {path!r}",
+        expected=f"perhaps {nearest}" if nearest else "one of the settings of `featstore extract --help`",
+        where=origin,
+        fix=f"write {nearest}" if nearest else "remove it",
+    )
+
+
+def nearest_name(name: str, known: Sequence[str]) -> str | None:
+    """The known name most like this one, by the whole path or by its last part."""
+    wanted = name.replace("-", "_").lower()
+    whole = difflib.get_close_matches(wanted, known, 1, 0.6)
+    tails = {path.rpartition(".")[2]: path for path in known}
+    tail = difflib.get_close_matches(wanted.rpartition(".")[2], list(tails), 1, 0.6)
+    if whole and tail:
+        rank = difflib.SequenceMatcher
+        best_tail = tails[tail[0]]
+        by_tail = rank(None, wanted.rpartition(".")[2], tail[0]).ratio()
+        return best_tail if by_tail >= rank(None, wanted, whole[0]).ratio() else whole[0]
+    return whole[0] if whole else tails[tail[0]] if tail else None
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file of settings.
+
+    Raises:
+        ConfigError: The file is missing, unreadable, too large, no YAML, or no mapping.
+    """
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ConfigError(f"a file of more than {_MAX_BYTES:,} bytes is no config", where=str(path))
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise ConfigError(
+            f"the config cannot be read ({reason})", where=str(path), fix="make one with `featstore init`"
+        ) from error
+    data = parse(text, str(path))
+    if data is None:
+        return {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise ConfigError(
+            f"the config is a {type(data).__name__}",
+            expected="sections with keys below them",
+            where=str(path),
+        )
+    return data
+
+
+def parse(text: str, where: str) -> Any:
+    """Read YAML: no tags, no aliases, no key twice; ``010`` is text, ``1e-4`` is a number.
+
+    Raises:
+        ConfigError: The text is no such YAML.
+    """
+    try:
+        return _Loader(text).get_single_data()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(
+            f"this is not YAML that can be used here: {problem}",
+            where=f"{where}{line}",
+            fix="mend the line",
+        ) from error
+    except (RecursionError, ValueError) as error:
+        raise ConfigError(f"this is not YAML that can be used here: {error}", where=where) from error
+
+
+def parse_assignment(text: str, model: type[BaseModel]) -> dict[str, Any]:
+    """``section.key=value`` of ``--set`` as a nested mapping.
+
+    Raises:
+        ConfigError: There is no ``=``, or no such setting.
+    """
+    path, equals, value = text.partition("=")
+    path = path.strip().replace("-", "_")
+    if not equals:
+        raise ConfigError(f"--set {text!r}", expected="--set section.key=value", where="--set")
+    known = {leaf.path: leaf for leaf in leaves(model)}
+    if path not in known:
+        raise unknown_key(model, path, f"--set {text}")
+    return nest(known[path], value, f"--set {text}")
+
+
+def nest(leaf: Leaf, value: str, origin: str) -> dict[str, Any]:
+    """A setting given as text, as it would stand in a file."""
+    parsed = value if leaf.is_text and value != "null" else parse(value, origin)
+    return {leaf.section: {leaf.key: parsed}} if leaf.section else {leaf.key: parsed}
+
+
+def find_project(start: Path) -> Path | None:
+    """The nearest folder, from ``start`` upwards, that has a `featstore.yaml`."""
+    start = start.absolute()
+    return next((folder for folder in (start, *start.parents) if (folder / PROJECT_FILE).is_file()), None)
+
+
+def _plain(message: str) -> str:
+    message = re.sub(r"a valid dictionary or instance of \w+", "a section with keys below it", message)
+    return re.sub(r"^Input should be ", "", message).replace("valid dictionary", "mapping of names")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader less what surprises: octal and sexagesimal numbers, yes/no, dates, aliases, tags."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", "~nN\0"),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    (
+        "float",
+        _FLOAT,
+        "-+0123456789.",
+    ),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}",
+        re.compile(rf"^(?:{_pattern})$"),
+        list(_first.replace("\0", "")) + ([""] if "\0" in _first else []),
+    )

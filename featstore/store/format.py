@@ -1,0 +1,220 @@
+"""The store's contract, on one screen.
+
+::
+
+    STORE/
+      featstore.json               format version, EmbeddingSpec, fingerprint; written once
+      cases/<case>/<NNNNNN>.json   commit records; the highest one *is* the case
+      cases/<case>/<unique>.h5     parts: embeddings, never changed after they are written
+      quarantine/                  damaged files, moved here by `repair`
+
+* A part is written whole under a name nobody else chooses, then fsynced. Nothing sees it yet.
+* A commit is the record ``<highest + 1>.json``, published by an exclusive ``link(2)``. It lists
+  every live part with size, sha256 and, for every slice in it, the patches that are live.
+  A part, a slice or a row that the highest record does not list does not exist.
+* If the name is taken, another writer came first: read its record, merge, try the next number.
+* Deleting and superseding are next records. Nothing is ever edited in place.
+* Within a case each (stain, slice, patch) is live in exactly one part.
+* A row is done exactly when the highest record lists it, its part has the recorded size, and
+  the fingerprint is the store's. That a file exists means nothing.
+
+In a part, under ``/<stain>/<slice>/`` (ids as `ids.component` writes them; the true ids are
+attributes), N rows in ascending patch number, every dataset checksummed (fletcher32):
+
+    features      (N, D) float16|float32   the plain view
+    patch         (N,)   int64             patch numbers
+    quality       (N, 8) float32           columns named in its attribute ``columns``
+    geometry      (N, 8) float64           x0, y0, …, x3, y3 in level-0 pixels; where known
+    source_name   (N,)   bytes             path below the patches folder, UTF-8
+    source_stat   (N, 2) int64             size in bytes, modification time in ns
+    source_sha256 (N, 32) uint8            of the file's bytes
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.errors import StoreDamaged, StoreError
+from featstore.spec import EmbeddingSpec
+from featstore.store.ranges import decode_ranges
+
+FORMAT = "featstore"
+# Readers accept any minor version of their major version, and refuse other major versions.
+VERSION = (1, 0)
+MANIFEST = "featstore.json"
+CASES = "cases"
+QUARANTINE = "quarantine"
+
+COLUMNS: dict[str, str] = {
+    "features": "the plain view",
+    "patch": "patch number",
+    "quality": "width, height, mean colour, entropy, tissue fraction, sharpness",
+    "geometry": "corners in level-0 pixels",
+    "source_name": "path below the patches folder",
+    "source_stat": "size in bytes, modification time in ns",
+    "source_sha256": "digest of the file's bytes",
+}
+OPTIONAL_COLUMNS = ("geometry",)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows of one slice on their way into a part, or out of one.
+
+    Attributes:
+        stain: Stain name.
+        slice_id: Slice id.
+        columns: Arrays of N rows by the names of `COLUMNS`, ascending in ``patch``.
+    """
+
+    stain: str
+    slice_id: str
+    columns: dict[str, NDArray[Any]]
+
+    @property
+    def patch(self) -> NDArray[np.int64]:
+        """(N,) patch numbers, ascending."""
+        return self.columns["patch"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One slice in one part, as a record lists it: ``rows`` in the file, ``live`` ones as ranges."""
+
+    stain: str
+    slice_id: str
+    rows: int
+    live: str
+
+    def patches(self, where: str) -> NDArray[np.int64]:
+        """(n,) live patch numbers, ascending."""
+        return decode_ranges(self.live, self.rows, where)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part file, as a record lists it."""
+
+    name: str
+    size: int
+    sha256: str
+    groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """The whole live state of one case."""
+
+    case_id: str
+    sequence: int
+    fingerprint: str
+    created: str
+    writer: str
+    parts: tuple[Part, ...]
+
+    @property
+    def name(self) -> str:
+        """The record's file name."""
+        return record_name(self.sequence)
+
+
+def record_name(sequence: int) -> str:
+    """``000001.json`` for 1."""
+    return f"{sequence:06d}.json"
+
+
+def record_sequence(name: str) -> int | None:
+    """The number in a record's file name; None for any other file."""
+    stem, dot, suffix = name.partition(".")
+    if suffix != "json" or not dot or not stem.isascii() or not stem.isdigit() or len(stem) < 6:
+        return None
+    return int(stem)
+
+
+def encode_record(record: Record) -> bytes:
+    """A record as JSON that carries its own sha256."""
+    body = {"format": [FORMAT, *VERSION], **asdict(record)}
+    digest = hashlib.sha256(_canonical(body)).hexdigest()
+    return _canonical({**body, "sha256": digest}) + b"\n"
+
+
+def decode_record(data: bytes, where: str) -> Record:
+    """The inverse of `encode_record`.
+
+    Raises:
+        StoreDamaged: The bytes are not what was written.
+        StoreError: The record is of another major version of the format.
+    """
+    damaged = StoreDamaged(
+        "a commit record is not what was written (its sha256 does not match)",
+        where=where,
+        fix="restore this file from a backup, or move it away to go back to the record before it",
+    )
+    try:
+        body = json.loads(data)
+        digest = body.pop("sha256")
+        if not isinstance(digest, str) or data != _canonical({**body, "sha256": digest}) + b"\n":
+            raise damaged
+        if hashlib.sha256(_canonical(body)).hexdigest() != digest:
+            raise damaged
+        check_version(body.pop("format"), where)
+        parts = tuple(
+            Part(p["name"], p["size"], p["sha256"], tuple(Group(**g) for g in p["groups"]))
+            for p in body.pop("parts")
+        )
+        return Record(**body, parts=parts)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged from error
+
+
+def encode_manifest(spec: EmbeddingSpec) -> bytes:
+    """``featstore.json``: readable by a person, checked by its fingerprint."""
+    body = {"format": [FORMAT, *VERSION], "fingerprint": spec.fingerprint, "spec": spec.to_json()}
+    return json.dumps(body, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def decode_manifest(data: bytes, where: str) -> EmbeddingSpec:
+    """The inverse of `encode_manifest`.
+
+    Raises:
+        StoreDamaged: The bytes are not what was written.
+        StoreError: Another major version of the format.
+    """
+    try:
+        body = json.loads(data)
+        check_version(body["format"], where)
+        spec = EmbeddingSpec.from_json(body["spec"], where)
+        if spec.fingerprint == body["fingerprint"]:
+            return spec
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise StoreDamaged(
+        "the store's description is not what was written (its fingerprint does not match)",
+        where=where,
+        fix="restore this file from a backup; every record names the same fingerprint",
+    )
+
+
+def check_version(found: Any, where: str) -> None:
+    """Refuse other formats and other major versions.
+
+    Raises:
+        StoreError: ``found`` is not ``[FORMAT, major, minor]`` with this reader's major version.
+    """
+    if not (isinstance(found, list) and len(found) == 3 and found[:2] == [FORMAT, VERSION[0]]):
+        raise StoreError(
+            f"the format is {found}",
+            expected=f"{FORMAT} {VERSION[0]}.x",
+            where=where,
+            fix="read it with the featstore version that wrote it",
+        )
+
+
+def _canonical(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

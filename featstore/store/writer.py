@@ -1,0 +1,268 @@
+"""Writing to a store: parts first, then the record that makes them visible."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featstore.errors import FingerprintMismatch, StoreError
+from featstore.spec import EmbeddingSpec
+from featstore.store import files, hdf5
+from featstore.store.format import (
+    CASES,
+    FORMAT,
+    MANIFEST,
+    QUARANTINE,
+    VERSION,
+    Group,
+    Part,
+    Record,
+    Slice,
+    encode_manifest,
+    encode_record,
+    record_name,
+)
+from featstore.store.ids import component
+from featstore.store.ranges import encode_ranges
+from featstore.store.store import Store, highest_record, read_manifest, read_record
+
+Patches = Mapping[tuple[str, str], NDArray[np.int64]]
+
+
+class StoreWriter:
+    """Adds embeddings to a store; any number of writers may work at once.
+
+    Args:
+        path: The store's folder; made if it does not exist.
+        spec: What the embeddings are made with.
+        provenance: Recorded in every part: library versions, batch size, source folder, machine.
+
+    Raises:
+        FingerprintMismatch: The store holds embeddings made otherwise.
+        StoreError: The folder cannot be used: another thing, no permission, no hard links.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], spec: EmbeddingSpec, provenance: Mapping[str, Any]
+    ) -> None:
+        self.path = Path(path)
+        self.spec = spec
+        self._provenance = json.dumps(dict(provenance), sort_keys=True)
+        self._writer = f"{platform.node()}:{os.getpid()}"
+        check_writable(self.path, spec)
+        if read_manifest(self.path) is None:
+            for folder in (self.path, self.path / CASES, self.path / QUARANTINE):
+                files.make_folder(folder)
+            files.publish(self.path / MANIFEST, encode_manifest(spec))
+            # Another writer may have come first, with another backbone.
+            check_writable(self.path, spec)
+        else:
+            files.check_links(self.path)
+
+    def commit(self, case_id: str, slices: Sequence[Slice]) -> None:
+        """Make rows of one case durable and visible, all or nothing.
+
+        A row whose (stain, slice, patch) is live already is replaced, unless its file had the
+        same bytes: then another writer has done this row, and the first one stays.
+
+        Args:
+            case_id: The case.
+            slices: Its new rows; every (stain, slice) once, ascending in patch.
+
+        Raises:
+            StoreError: Something could not be written; nothing has become visible.
+        """
+        folder = self.path / CASES / component(case_id)
+        files.make_folder(folder)
+        part = self._write_part(case_id, folder, slices)
+        while True:
+            current = self._current(folder)
+            merged = self._merge(folder, current, part, slices)
+            if not merged[-1].groups:
+                files.remove(folder / part.name)
+                return
+            if self._publish(case_id, folder, current, merged):
+                return
+
+    def drop(self, case_id: str, patches: Patches) -> None:
+        """Make rows of one case invisible (their bytes stay until `gc`).
+
+        Args:
+            case_id: The case.
+            patches: Patch numbers by (stain, slice); those that are not live are passed over.
+        """
+        folder = self.path / CASES / component(case_id)
+        while (current := self._current(folder)) is not None:
+            parts = _without(current.parts, patches, str(folder))
+            if parts == current.parts or self._publish(case_id, folder, current, parts):
+                return
+
+    def _write_part(self, case_id: str, folder: Path, slices: Sequence[Slice]) -> Part:
+        attributes = {
+            "format": f"{FORMAT} {VERSION[0]}.{VERSION[1]}",
+            "case_id": case_id,
+            "fingerprint": self.spec.fingerprint,
+            "spec": json.dumps(self.spec.to_json(), sort_keys=True),
+            "provenance": self._provenance,
+            "created": _now(),
+        }
+        for item in slices:
+            features = item.columns["features"]
+            if (
+                features.shape != (len(item.patch), self.spec.dim)
+                or features.dtype != self.spec.stored_dtype
+            ):
+                raise StoreError(
+                    f"embeddings of the shape {features.shape} and dtype {features.dtype}",
+                    expected=f"({len(item.patch)}, {self.spec.dim}) of {self.spec.stored_dtype}",
+                    where=f"case {case_id}, {item.stain}/{item.slice_id}",
+                )
+            if len(item.patch) == 0 or item.patch[0] < 0 or (np.diff(item.patch) <= 0).any():
+                raise StoreError(
+                    "rows that are not in strictly ascending order of their patch numbers",
+                    where=f"case {case_id}, {item.stain}/{item.slice_id}",
+                )
+        data = hdf5.encode(slices, attributes)
+        name = files.unique_name() + hdf5.SUFFIX
+        files.write_new(folder / name, data)
+        groups = tuple(
+            Group(item.stain, item.slice_id, len(item.patch), encode_ranges(item.patch)) for item in slices
+        )
+        return Part(name, len(data), hashlib.sha256(data).hexdigest(), groups)
+
+    def _current(self, folder: Path) -> Record | None:
+        sequence = highest_record(folder)
+        return None if sequence is None else read_record(self.path, folder.name, sequence, self.spec)
+
+    def _merge(
+        self, folder: Path, current: Record | None, part: Part, slices: Sequence[Slice]
+    ) -> tuple[Part, ...]:
+        """The parts of the next record; the last one is ours, without the rows already done."""
+        if current is None:
+            return (part,)
+        done = self._done(current, slices)
+        mine: dict[tuple[str, str], NDArray[np.int64]] = {}
+        groups = []
+        for group, item in zip(part.groups, slices, strict=True):
+            key = (item.stain, item.slice_id)
+            mine[key] = np.setdiff1d(item.patch, done.get(key, np.empty(0, np.int64)), assume_unique=True)
+            if len(mine[key]):
+                groups.append(replace(group, live=encode_ranges(mine[key])))
+        others = _without(current.parts, mine, str(folder))
+        return (*others, replace(part, groups=tuple(groups)))
+
+    def _done(self, current: Record, slices: Sequence[Slice]) -> Patches:
+        """Those of our patches that are live already, made from the same bytes."""
+        mine = {(item.stain, item.slice_id): item for item in slices}
+        keys = {(g.stain, g.slice_id) for part in current.parts for g in part.groups} & set(mine)
+        where = str(self.path)
+        if not any(
+            np.isin(g.patches(where), mine[g.stain, g.slice_id].patch).any()
+            for part in current.parts
+            for g in part.groups
+            if (g.stain, g.slice_id) in keys
+        ):
+            return {}
+        view = Store(self.path, self.spec, {component(current.case_id): current.sequence})
+        theirs = view.sources(current.case_id)
+        digests = dict(
+            zip(
+                zip(theirs["stain"], theirs["slice_id"], theirs["patch"], strict=True),
+                theirs["sha256"],
+                strict=True,
+            )
+        )
+        done = {}
+        for key in keys:
+            numbers, hashes = mine[key].patch, mine[key].columns["source_sha256"]
+            same = [
+                digests.get((*key, int(n))) == h.tobytes() for n, h in zip(numbers, hashes, strict=True)
+            ]
+            done[key] = numbers[np.array(same, bool)]
+        return done
+
+    def _publish(self, case_id: str, folder: Path, current: Record | None, parts: tuple[Part, ...]) -> bool:
+        record = Record(
+            case_id=case_id,
+            sequence=1 if current is None else current.sequence + 1,
+            fingerprint=self.spec.fingerprint,
+            created=_now(),
+            writer=self._writer,
+            parts=parts,
+        )
+        return files.publish(folder / record_name(record.sequence), encode_record(record))
+
+
+def check_writable(path: Path, spec: EmbeddingSpec) -> None:
+    """See, without writing anything, whether embeddings of this make may go into this store.
+
+    Raises:
+        FingerprintMismatch: The store holds embeddings made otherwise.
+        StoreError: The path is something else than a store or an empty folder, or not writable.
+    """
+    found = read_manifest(path)
+    if found is not None and found.fingerprint != spec.fingerprint:
+        raise FingerprintMismatch(
+            "the store holds embeddings of another make: " + "; ".join(spec.differences(found)),
+            expected="the same backbone, weights, preprocessing and dtypes ('there' is the store)",
+            where=str(path),
+            fix="use the settings of the store, or another store: --store-path FOLDER",
+        )
+    if path.exists() and not path.is_dir():
+        raise StoreError(
+            "the store's path is a file", where=str(path), fix="choose another: --store-path FOLDER"
+        )
+    parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise StoreError(
+            "no permission to write here",
+            where=str(parent),
+            fix="give yourself write permission, or choose another folder: --store-path FOLDER",
+        )
+    if found is None and path.is_dir():
+        strangers = _strangers(path)
+        if strangers and read_manifest(path) is None:  # else another writer has just made the store
+            raise StoreError(
+                f"the folder holds other things than a store ({', '.join(sorted(strangers)[:5])})",
+                expected=f"an empty or missing folder, or a store with its {MANIFEST}",
+                where=str(path),
+                fix="choose another: --store-path FOLDER",
+            )
+
+
+def _strangers(path: Path) -> set[str]:
+    """What lies in a folder besides what a writer killed while it made a store leaves behind."""
+    names = set(os.listdir(path)) - {QUARANTINE}
+    if CASES in names and not os.listdir(path / CASES):
+        names.discard(CASES)
+    return {name for name in names if not name.endswith(files.TEMPORARY_SUFFIX)}
+
+
+def _without(parts: Sequence[Part], patches: Patches, where: str) -> tuple[Part, ...]:
+    """The parts less some rows; parts and groups that have none left are gone."""
+    kept = []
+    for part in parts:
+        groups = []
+        for group in part.groups:
+            key = (group.stain, group.slice_id)
+            live = group.patches(where)
+            rest = np.setdiff1d(live, patches[key], assume_unique=True) if key in patches else live
+            if len(rest):
+                groups.append(group if len(rest) == len(live) else replace(group, live=encode_ranges(rest)))
+        if groups:
+            kept.append(part if tuple(groups) == part.groups else replace(part, groups=tuple(groups)))
+    return tuple(kept)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,96 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from featstore.errors import StoreDamaged, StoreError
+from featstore.store.format import (
+    Group,
+    Part,
+    Record,
+    decode_manifest,
+    decode_record,
+    encode_manifest,
+    encode_record,
+    record_name,
+    record_sequence,
+)
+from tests.store.builders import make_spec
+
+ids = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
+records = st.builds(
+    Record,
+    ids,
+    st.integers(1, 10**8),
+    st.just("f" * 32),
+    st.just("2026-01-01T00:00:00+00:00"),
+    ids,
+    st.lists(
+        st.builds(
+            Part,
+            ids,
+            st.integers(0, 2**40),
+            st.just("0" * 64),
+            st.lists(st.builds(Group, ids, ids, st.integers(1, 99), st.just("1-9")), max_size=2).map(tuple),
+        ),
+        max_size=2,
+    ).map(tuple),
+)
+
+
+@given(records)
+def test_a_record_comes_back(record: Record) -> None:
+    assert decode_record(encode_record(record), "here") == record
+
+
+@given(records, st.data())
+def test_any_changed_byte_is_noticed(record: Record, data: st.DataObject) -> None:
+    raw = bytearray(encode_record(record))
+    raw[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    with pytest.raises(StoreError):
+        decode_record(bytes(raw), "here")
+
+
+@given(records, st.data())
+def test_any_truncation_is_noticed(record: Record, data: st.DataObject) -> None:
+    raw = encode_record(record)
+    with pytest.raises(StoreDamaged):
+        decode_record(raw[: data.draw(st.integers(0, len(raw) - 1))], "here")
+
+
+@given(st.integers(0, 10**9))
+def test_record_names(number: int) -> None:
+    assert record_sequence(record_name(number)) == number
+
+
+@pytest.mark.parametrize(
+    "name", ["1.json", "000001.json.tmp", ".000001.json", "abc.json", "000001", "٠٠٠٠٠١.json"]
+)
+def test_other_files_are_no_records(name: str) -> None:
+    assert record_sequence(name) is None
+
+
+def test_the_manifest_comes_back() -> None:
+    spec = make_spec(final_relu=True)
+    assert decode_manifest(encode_manifest(spec), "here") == spec
+
+
+def test_a_changed_manifest_is_noticed() -> None:
+    raw = encode_manifest(make_spec()).replace(b'"pool": 1', b'"pool": 2')
+    with pytest.raises(StoreDamaged, match="fingerprint"):
+        decode_manifest(raw, "here")
+
+
+@pytest.mark.parametrize(
+    ("version", "accepted"), [([1, 0], True), ([1, 7], True), ([2, 0], False), ([0, 9], False)]
+)
+def test_minor_versions_are_read_and_major_ones_refused(version: list[int], accepted: bool) -> None:
+    body = json.loads(encode_manifest(make_spec()))
+    body["format"] = ["featstore", *version]
+    raw = json.dumps(body).encode()
+    if accepted:
+        assert decode_manifest(raw, "here") == make_spec()
+    else:
+        with pytest.raises(StoreError, match=r"featstore 1\.x"):
+            decode_manifest(raw, "here")
