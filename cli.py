@@ -76,7 +76,10 @@ class Call:
 
 
 def command(
-    shown: Sequence[str], *, in_project: bool = True, presets: Callable[..., dict[str, Any]] | None = None
+    shown: Sequence[str],
+    *,
+    in_project: bool = True,
+    presets: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function a command that also takes every setting as a flag.
 
@@ -93,7 +96,7 @@ def command(
         def run(**values: Any) -> None:
             mine = {p.name: values[p.name] for p in own}
             try:
-                call = _call(values, in_project, presets(**mine) if presets else {})
+                call = _call(values, in_project, presets(mine) if presets else {})
                 function(call, **mine)
             except FeatstoreError as error:
                 print(f"featstore {run.__name__}: {error}", file=sys.stderr)
@@ -224,8 +227,8 @@ def check(
     )
 
 
-def _gpu(gpu: bool) -> dict[str, Any]:
-    return {"extract": {"device": "cuda"}} if gpu else {}
+def _gpu(own: dict[str, Any]) -> dict[str, Any]:
+    return {"extract": {"device": "cuda"}} if own["gpu"] else {}
 
 
 @command((*COHORT, "store", "backbone", "extract"), presets=_gpu)

@@ -18,8 +18,8 @@ from featstore.cohort import (
     read_groups,
     read_labels,
     scan,
-    write_csv,
 )
+from featstore.cohort.tables import write_csv
 from featstore.config import FeatstoreConfig
 from featstore.errors import ConfigError
 from featstore.extraction import ExtractionReport, Plan, Progress, extract
@@ -84,15 +84,15 @@ def init_project(config: FeatstoreConfig, project: Path, patches: Path, force: b
         raise ConfigError(
             "the project folder lies in the folder of patches: its pictures would be taken for patches",
             where=str(project),
-            fix=f"make it elsewhere: mkdir ../project; cd ../project; featstore init {patches.absolute()}",
+            fix=f"make it elsewhere: mkdir ../project; cd ../project; featstore init {os.path.abspath(patches)}",
         )
     folder = (
         os.path.relpath(patches, project) if patches.resolve().is_relative_to(project.resolve()) else None
     )
     values = config.model_dump()
-    values["patches"]["folder"] = folder or str(patches.absolute())
+    values["patches"]["folder"] = folder or os.path.abspath(patches)
     if values["labels"]["file"] is not None and not (project / values["labels"]["file"]).is_file():
-        values["labels"]["file"] = str(Path(values["labels"]["file"]).absolute())
+        values["labels"]["file"] = os.path.abspath(values["labels"]["file"])
     config = type(config).model_validate(values)
     report = check_project(config, project, None)
     labels = _labels(config, project)

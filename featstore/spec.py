@@ -79,7 +79,8 @@ class EmbeddingSpec:
                 where=where,
                 fix="read it with the featstore version that wrote it",
             )
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
 
     def differences(self, other: EmbeddingSpec) -> list[str]:
         """One line for each field in which ``self`` and ``other`` differ."""

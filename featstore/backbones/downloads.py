@@ -102,8 +102,8 @@ def fetch_hub_file(repo: str, revision: str | None, names: list[str], name: str)
     page = f"{constants.ENDPOINT}/{repo}"
     url = f"{page}/resolve/{revision or 'main'}/{names[0]}"
     advice = (
-        f"on a machine with a network run: hf download {repo} {names[0]}; then copy its folder of the cache "
-        f"({constants.HF_HUB_CACHE}) to this machine"
+        f"on a machine with a network run: hf download {repo} {names[0]}; then copy its folder of "
+        f"the cache ({constants.HF_HUB_CACHE}) to this machine"
     )
     if names[0] != "config.json":
         advice += f", or fetch {url} and give it as --weights PATH"

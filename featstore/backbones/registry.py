@@ -54,7 +54,7 @@ class Backbone:
 
     Attributes:
         name: As configured.
-        module: Float (B, 3, size, size), normalised RGB, to float32 (B, dim); in eval mode, without gradients.
+        module: Float (B, 3, size, size), normalised RGB, to float32 (B, dim); in eval mode, frozen.
         preprocessing: What its input must have gone through.
         dim: Number of features D.
         weights: As configured.
@@ -149,7 +149,7 @@ def build_backbone(config: BackboneConfig, base: Path) -> Backbone:
             where="backbone.name",
             fix=near or "for a model of timm write timm:NAME",
         )
-    generator = torch.random.default_generator
+    generator = torch.default_generator
     state = generator.get_state()
     try:
         # What a library draws while it builds must depend on nothing that ran before. Not

@@ -9,6 +9,7 @@ Source: Wightman, https://github.com/huggingface/pytorch-image-models.
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def _feature_map(model: Any, x: torch.Tensor, name: str) -> torch.Tensor:
         tokens = maps[:, getattr(model, "num_prefix_tokens", 0) :]
         side = math.isqrt(tokens.shape[1])
         if side * side == tokens.shape[1]:
-            return tokens.transpose(1, 2).unflatten(2, (side, side))
+            return tokens.transpose(1, 2).reshape(len(tokens), -1, side, side)
     shape = tuple(maps.shape) if isinstance(maps, torch.Tensor) else type(maps).__name__
     raise BackboneError(
         f"{name} has no two-dimensional feature map (its last features are {shape})",
@@ -78,11 +79,12 @@ def timm_model(config: BackboneConfig, base: Path) -> Backbone:
     """Builds ``timm:NAME`` for the asked input size, with published, local or random weights."""
     name = config.name.removeprefix("timm:")
     if config.weights.startswith("imagenet:"):
+        tagged = f"{name.partition('.')[0]}.{config.weights.removeprefix('imagenet:')}"
         raise BackboneError(
             f"{config.weights!r} means nothing to timm",
             expected="imagenet, with the tag in the model's name",
             where="backbone.weights",
-            fix=f"set backbone.name: timm:{name.partition('.')[0]}.{config.weights.removeprefix('imagenet:')}",
+            fix=f"set backbone.name: timm:{tagged}",
         )
     source = _Source(name, config.name)
     native = _preprocessing(source.data_config(), config)
@@ -104,6 +106,7 @@ class _Source:
         self.repo = ""
         self.revision: str | None = None
         self.name = name
+        self.cfg: dict[str, Any]
         for prefix in _HUB_PREFIXES:
             if name.startswith(prefix):
                 self.repo, _, revision = name.removeprefix(prefix).partition("@")
@@ -112,7 +115,7 @@ class _Source:
             config = fetch_hub_file(self.repo, self.revision, ["config.json"], shown)
             # With its files at hand the model is made from their folder, without the hub's client.
             self.name = f"local-dir:{config.parent}"
-            self.cfg: dict[str, Any] = timm.models.load_model_config_from_path(config.parent)[0]
+            self.cfg = _hub_config(config, shown)
             return
         if not timm.is_model(name.partition(".")[0]) or not self._has_tag(name):
             raise _unknown(name)
@@ -186,11 +189,29 @@ class _Source:
             getattr(model, "pretrained_cfg", {}).pop("state_dict", None)
             return model
         raise BackboneError(
-            f"{self.shown} cannot be made for patches of {size} × {size} px: {cause}",
+            f"{self.shown} cannot be built for patches of {size} × {size} px: {cause}",
             expected=f"its own input size, {input_size[1]} × {input_size[2]} px",
             where="backbone.resize",
             fix=f"set backbone.resize: {input_size[1]}",
         ) from cause
+
+
+def _hub_config(path: Path, shown: str) -> dict[str, Any]:
+    """The part of a hub model's ``config.json`` that describes its inputs."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        content = error
+    if not isinstance(content, dict) or "architecture" not in content:
+        raise BackboneError(
+            f"{shown} is no model of timm's kind: its config.json names no architecture",
+            expected="a hub model whose card says timm",
+            where=str(path),
+            fix="choose another model, or fetch its weights and give them as --weights PATH",
+        )
+    # Older files have everything on one level.
+    found = content.get("pretrained_cfg", content)
+    return dict(found) if isinstance(found, dict) else {}
 
 
 def _preprocessing(data: dict[str, Any], config: BackboneConfig) -> Preprocessing:

@@ -114,8 +114,9 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
             fix="where it was made: torch.save(model.state_dict(), 'weights.pth')",
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "it ends early"
         raise BackboneError(
-            f"the weights file cannot be read: {str(error).splitlines()[0] if str(error) else 'it ends early'}",
+            f"the weights file cannot be read: {reason}",
             expected="a complete .safetensors or torch file",
             where=str(path),
             fix="copy or download it again",

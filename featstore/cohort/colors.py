@@ -193,7 +193,7 @@ def contact_sheet(
     """Each stain's patches as they are and, below, with red and blue swapped.
 
     Args:
-        samples: Stain → decoded patches, (H, W, 3) uint8; the first 12 are shown.
+        samples: Stain → decoded patches, (H, W, 3) uint8; at most 12, evenly spaced, are shown.
         verdicts: Stain → what the test says, printed in the title.
 
     Returns:
@@ -217,7 +217,7 @@ def contact_sheet(
         for line, text in enumerate(("as read", "swapped")):
             y = top + title + line * cell
             draw.text((margin, y + cell // 2 - 8), text, fill="black", font=font)
-            for column, patch in enumerate(patches[:_SHEET_PATCHES]):
+            for column, patch in enumerate(patches[:: -(-len(patches) // _SHEET_PATCHES) or 1]):
                 image = _fitted(patch if line == 0 else np.ascontiguousarray(patch[..., ::-1]))
                 x = margin + label + column * cell
                 sheet.paste(image, (x + (cell - image.width) // 2, y + (cell - image.height) // 2))

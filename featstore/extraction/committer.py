@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -64,11 +65,11 @@ class Committer:
         self._writer = writer
         self._part_bytes = part_bytes
         self._part_seconds = part_seconds
-        self._case = pending["case_id"].to_numpy(object)
-        self._stain = pending["stain"].to_numpy(object)
-        self._slice = pending["slice_id"].to_numpy(object)
+        self._case: NDArray[Any] = pending["case_id"].to_numpy(object)
+        self._stain: NDArray[Any] = pending["stain"].to_numpy(object)
+        self._slice: NDArray[Any] = pending["slice_id"].to_numpy(object)
         self._patch = pending["patch"].to_numpy(np.int64)
-        self._path = pending["path"].to_numpy(object)
+        self._path: NDArray[Any] = pending["path"].to_numpy(object)
         self._geometry = corners(pending)
         self._buffer = _Buffer()
         self._queue: queue.Queue[Batch | None] = queue.Queue(_QUEUE)
@@ -104,7 +105,7 @@ class Committer:
         while (batch := self._queue.get()) is not None:
             # After an error the queue is still emptied, so that nobody waits for a place in it.
             if self._error is None:
-                self._guarded(lambda batch=batch: self._add(batch))  # type: ignore[misc]
+                self._guarded(partial(self._add, batch))
         if self._error is None:
             self._guarded(self._commit)
 
@@ -164,7 +165,7 @@ class Committer:
 
     def _slices(self, rows: NDArray[np.int64], buffer: _Buffer) -> list[Slice]:
         features = np.stack(buffer.features)
-        columns = {
+        columns: dict[str, NDArray[Any]] = {
             "quality": np.stack([item.quality for item in buffer.loaded]),
             "source_stat": np.stack([item.stat for item in buffer.loaded]),
             "source_sha256": np.stack([item.sha256 for item in buffer.loaded]),

@@ -103,7 +103,7 @@ class Embedder:
         self.halved = 0
         self.device = device
         self._backbone = backbone
-        self._module = backbone.module.to(device=device, memory_format=torch.channels_last)
+        self._module = backbone.module.to(device).to(memory_format=torch.channels_last)
         self._compute = DTYPES[compute_dtype]
         self._stored = DTYPES[stored_dtype]
 
@@ -149,7 +149,7 @@ class Embedder:
         hosts = [torch.empty(c.shape, dtype=c.dtype, pin_memory=True) for c in chunks]
         for host, chunk_on_device in zip(hosts, chunks, strict=True):
             host.copy_(chunk_on_device, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return PendingFeatures(hosts, event)
 

@@ -164,7 +164,7 @@ def _same_bytes(folder: Path, merged: pd.DataFrame, rows: NDArray[np.int64]) -> 
     digests = merged["sha256"].to_numpy()
 
     def same(row: int) -> bool:
-        return hashlib.sha256((folder / paths[row]).read_bytes()).digest() == digests[row]
+        return bool(hashlib.sha256((folder / paths[row]).read_bytes()).digest() == digests[row])
 
     return np.array(_map(same, rows.tolist()), bool)
 

@@ -168,7 +168,7 @@ def _carry_out(
     observe: Observer,
 ) -> ExtractionReport:
     settings = config.extract
-    workers = len(os.sched_getaffinity(0)) if settings.workers == "auto" else int(settings.workers)
+    workers = decoding_threads(config)
     if device.type == "cpu":
         forward.keep_freed_memory()
     batch_size = forward.choose_batch_size(settings.batch_size, device)
@@ -212,6 +212,14 @@ def _carry_out(
         weights_ignored=tuple(backbone.weights_ignored),
         interrupted=interrupted,
     )
+
+
+def decoding_threads(config: FeatstoreConfig) -> int:
+    """The number of decoding threads: as configured, or one for every core this process may use."""
+    if config.extract.workers != "auto":
+        return config.extract.workers
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone knows what a job was given
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def _prune(writer: StoreWriter, vanished: pd.DataFrame) -> int:
