@@ -101,6 +101,10 @@ def command(
             except FeatstoreError as error:
                 print(f"featstore {run.__name__}: {error}", file=sys.stderr)
                 raise typer.Exit(error.exit_code) from error
+            except OSError as error:
+                where = f"\n  where: {error.filename}" if error.filename else ""
+                print(f"featstore {run.__name__}: {error.strerror or error}{where}", file=sys.stderr)
+                raise typer.Exit(2) from error
 
         parameters = [*own, *_common(), *_setting_flags(shown)]
         run.__name__, run.__doc__ = function.__name__, function.__doc__

@@ -182,10 +182,21 @@ def test_damage_is_either_harmless_or_an_error(source):
         broken[bit // 8] ^= 1 << bit % 8
     try:
         found = read(bytes(broken))
-    except ImageError as error:
-        assert "a.png" in str(error)
-    else:
-        np.testing.assert_array_equal(found.pixels, samples)
+    except ImageError:
+        return
+    np.testing.assert_array_equal(found.pixels, samples)
+
+
+def test_every_flipped_bit_of_a_palette_image():
+    """A palette has no checksum but its chunk's: without it colours would change in silence."""
+    index = np.random.default_rng(0).integers(0, 4, (4, 5, 1))
+    palette = bytes(range(20, 32))
+    data = png(index, 3, 2, extra=[(b"PLTE", palette), (b"tRNS", b"\x40\xff")])
+    for bit in range(8 * len(SIGNATURE), 8 * len(data)):
+        broken = bytearray(data)
+        broken[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ImageError):
+            read(bytes(broken))
 
 
 @pytest.mark.parametrize("interlaced", [False, True])
@@ -285,7 +296,7 @@ def test_resize_and_crop_as_torchvision(size, interpolation):
     np.testing.assert_array_equal(resize_and_crop(pixels, 256, 224, interpolation), np.asarray(theirs))
 
 
-def test_resize(tmp_path):
+def test_resize():
     pixels = np.random.default_rng(0).integers(0, 256, (5, 9, 3), np.uint8)
     assert resize(pixels, (5, 9), "bilinear") is pixels
     small = resize(pixels, (3, 4), "bicubic")
@@ -313,9 +324,9 @@ def test_importing_images_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_saved_by_pillow(tmp_path):
-    for mode in ("1", "L", "P", "RGB", "RGBA", "LA", "I;16"):
-        image = Image.new(mode, (5, 4), 1)
+def test_saved_by_pillow():
+    images = [Image.new(mode, (5, 4), 1) for mode in ("1", "L", "RGB", "RGBA", "LA", "I;16")]
+    for image in [*images, images[2].convert("P")]:
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         assert read(buffer.getvalue()).pixels.shape == (4, 5, 3)

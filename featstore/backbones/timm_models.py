@@ -172,9 +172,10 @@ class _Source:
                 }
         input_size = self.cfg.get("input_size") or (3, 224, 224)
         sizes: list[dict[str, Any]] = [{}]
-        if self.cfg.get("fixed_input_size") and tuple(input_size[1:]) != (size, size):
+        if tuple(input_size[1:]) != (size, size):
             # With dynamic_img_size position embeddings keep the shape that weights files have.
-            sizes = [{"dynamic_img_size": True}, {"img_size": size}]
+            fixed = self.cfg.get("fixed_input_size")
+            sizes = [{"dynamic_img_size": True} if fixed else {}, {"img_size": size}]
         cause: Exception | None = None
         for option in sizes:
             try:
@@ -185,6 +186,8 @@ class _Source:
             except (AssertionError, RuntimeError, ValueError) as error:
                 cause = error
                 break
+            if len(sizes) > 1 and not _takes(model, size):
+                continue
             # The overlay's tensors would otherwise stay in memory with the model.
             getattr(model, "pretrained_cfg", {}).pop("state_dict", None)
             return model
@@ -194,6 +197,13 @@ class _Source:
             where="backbone.resize",
             fix=f"set backbone.resize: {input_size[1]}",
         ) from cause
+
+
+def _takes(model: nn.Module, size: int) -> bool:
+    """Whether patches of this size fit; some models swallow an option without heeding it."""
+    embed = getattr(model, "patch_embed", None)
+    strict = getattr(embed, "strict_img_size", False)
+    return not strict or getattr(embed, "img_size", None) in (None, (size, size))
 
 
 def _hub_config(path: Path, shown: str) -> dict[str, Any]:

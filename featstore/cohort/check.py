@@ -120,7 +120,8 @@ def _color(verdict: ColorVerdict) -> Json:
 
 def _left_out(scan: Scan, labels: Labels | None, groups: Mapping[str, str]) -> Json:
     cases = set(map(str, scan.table["case_id"].cat.categories))
-    excluded = {*scan.excluded, *map(normalize_case, scan.excluded)}
+    given = scan.unknown_exclusions
+    excluded = {*scan.excluded, *given, *map(normalize_case, given)}
     known = {*labels.by_case, *labels.unmapped} if labels is not None else cases
     return {
         "cases_without_label": natural_sorted(cases - known),

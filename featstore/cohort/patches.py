@@ -33,9 +33,9 @@ class Scan:
         normalized: Kind of id → as found → as used.
         merged: Kind of id → as used → the several spellings found (`38` and `038`).
         ignored: Suffix (or `hidden`, `litter folder`) → number of entries passed over.
-        excluded: Exclusions that matched.
+        excluded: Case ids (normalised) of the exclusions that matched.
         excluded_patches: How many patches they took out.
-        unknown_exclusions: Exclusions that matched no patch.
+        unknown_exclusions: Exclusions, as given, that matched no patch.
         links_skipped: Links to folders already scanned, and broken links.
         geometry_unmatched: Rows of the geometry CSV that match no patch.
         geometry_missing: Patches without a row there.
@@ -151,7 +151,7 @@ def build_table(
         unparsed=sorted(reader.unparsed, key=lambda u: u.path),
         normalized=reader.normalized(),
         merged=reader.merged(),
-        excluded=[wanted[used] for used in hits],
+        excluded=hits,
         excluded_patches=len(reader.paths) - len(kept),
         unknown_exclusions=[i for used, i in wanted.items() if used not in hits],
         geometry_unmatched=unmatched,

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from featstore.cohort import Caps, Labels, Scan, build_table, check_cohort, scan
+from featstore.config import ImagesConfig, PatchesConfig
+
+RGB = ImagesConfig()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Cases 1 to 3 in two stains, case 3 in one; a file that is no image; an odd name."""
+    tmp_path = tmp_path / "patches"
+    tmp_path.mkdir()
+    random = np.random.default_rng(0)
+    for case in (1, 2, 3):
+        for stain in ("h&e", "melan")[: 1 if case == 3 else 2]:
+            for patch in range(4):
+                pixels = random.integers(0, 255, (20 if patch == 0 else 40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / f"case_0{case}_match_1_{stain}_patch{patch}.png")
+    (tmp_path / "case_1_match_1_h&e_patch9.png").write_bytes(b"not a PNG")
+    (tmp_path / "=cmd.png").touch()
+    return tmp_path
+
+
+def found(folder: Path) -> Scan:
+    return scan(folder, PatchesConfig(on_unparsed="skip"), exclude=["77"])
+
+
+LABELS = Labels(["benign", "high"], {"1": 0, "4": 1}, {"2": "0"}, {"case": {"04": "4"}})
+
+
+def test_the_report_says_everything(folder: Path) -> None:
+    report = check_cohort(found(folder), LABELS, {"1": "g", "9": "g"}, RGB)
+    data = report.to_json()
+    assert (data["patches"], data["cases"], data["slices"]) == (21, 3, 5)
+    assert data["classes"] == {
+        "benign": {"cases": 1, "slices": 2, "patches": 9},
+        "high": {"cases": 0, "slices": 0, "patches": 0},
+    }
+    assert data["per_case"]["2"]["class"] is None
+    assert data["per_case"]["1"]["stains"]["h&e"] == {"slices": 1, "patches": 5}
+    left = data["left_out"]
+    assert left["cases_without_label"] == ["3"]
+    assert left["labels_without_patches"] == ["4"]
+    assert left["unmapped"] == {"2": "0"}
+    assert left["unknown_exclusions"] == ["77"]
+    assert left["grouped_without_patches"] == ["9"]
+    assert data["normalized"]["case"] == {"01": "1", "02": "2", "03": "3", "04": "4"}
+    assert data["merged"]["case"] == {"1": ["01", "1"]}
+    assert data["unparsed"]["by_reason"] == {"does not start with 'case_'": 1}
+    assert data["sizes"] == {
+        "patches": 20,
+        "min_side": 20,
+        "median_side": 40.0,
+        "max_side": 40,
+        "not_square": 0.25,
+        "below_32": 5,
+    }
+    assert data["sample"]["decoded"] == 20
+    assert data["sample"]["failed"] == 1
+    assert set(data["colors"]) == {"h&e", "melan"}
+    for word in (
+        "without a label: 3",
+        "without patches: 4",
+        "exclusions",
+        "decoded",
+        "could not be read",
+        "'high'",
+    ):
+        assert any(word in warning for warning in report.warnings), word
+    text = report.to_text()
+    for word in ("benign", "01 → 1", "01 = 1", "2 (0)", "25% not square"):
+        assert word in text, word
+
+
+def test_without_labels_every_case_counts(folder: Path) -> None:
+    data = check_cohort(found(folder), None, None, RGB).to_json()
+    assert data["classes"]["all"] == {"cases": 3, "slices": 5, "patches": 21}
+    assert data["missing_stains"] == {"3": ["melan"]}
+    assert data["left_out"]["cases_without_label"] == []
+
+
+def test_saved_files(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out" / "report"
+    report = check_cohort(found(folder), LABELS, None, RGB, caps=Caps(2, 1, 3))
+    report.save(target)
+    assert {p.name for p in target.iterdir()} == {
+        "report.json",
+        "report.txt",
+        "unparsed.csv",
+        "contact_sheet.png",
+    }
+    assert json.loads((target / "report.json").read_text(encoding="utf-8")) == report.to_json()
+    with (target / "unparsed.csv").open(encoding="utf-8", newline="") as file:
+        assert list(csv.reader(file)) == [["path", "reason"], ["'=cmd.png", "does not start with 'case_'"]]
+    (folder / "=cmd.png").unlink()
+    check_cohort(found(folder), LABELS, None, RGB).save(target)
+    assert not (target / "unparsed.csv").exists()
+
+
+def test_the_sample_is_small_and_repeatable(folder: Path) -> None:
+    reports = [check_cohort(found(folder), None, None, RGB, sample=6, seed=1) for _ in range(2)]
+    assert reports[0].to_json() == reports[1].to_json()
+    sample = reports[0].data["sample"]
+    assert sample["decoded"] + sample["failed"] == 6
+
+
+def test_a_huge_image_is_not_decoded(folder: Path) -> None:
+    data = check_cohort(found(folder), None, None, ImagesConfig(max_pixels=1000)).to_json()
+    assert data["sample"]["decoded"] == 5
+    assert data["sample"]["failed"] == 16
+
+
+def test_caps_in_numbers() -> None:
+    paths = [
+        f"case_1_match_{s}_h&e_patch{n}.png" for s, size in ((1, 10), (2, 4), (3, 2)) for n in range(size)
+    ]
+    table = Scan(
+        table=build_table([*paths, "case_2_match_1_h&e_patch1.png"], PatchesConfig()).table,
+        folder=Path("/nowhere"),
+    )
+    labels = Labels(["a", "b"], {"1": 0, "2": 1})
+    caps = check_cohort(table, labels, None, RGB, caps=Caps(4, 2, 3)).data["caps"]
+    assert caps["by_class"]["a"] == {
+        "slices_above_cap": 1,
+        "patches_never_drawn": pytest.approx(10 * 0.6**3, abs=0.05),
+        "pairs_above_max_slices": 1,
+        "slices_unused": 1,
+        "patches_in_unused_slices": pytest.approx(16 / 3, abs=0.05),
+    }
+    assert caps["by_class"]["b"]["patches_never_drawn"] == 0
+    free = check_cohort(table, labels, None, RGB, caps=Caps()).data["caps"]
+    assert free["by_class"]["a"]["patches_never_drawn"] == 0
+    assert free["by_class"]["a"]["slices_unused"] == 0
+
+
+def test_the_expectation_agrees_with_a_simulation() -> None:
+    random = np.random.default_rng(0)
+    drawn = [np.unique([random.permutation(10)[:4] for _ in range(3)]).size for _ in range(4000)]
+    assert 10 - np.mean(drawn) == pytest.approx(10 * 0.6**3, abs=0.08)
+
+
+def test_quality(folder: Path) -> None:
+    quality = pd.DataFrame(
+        {
+            "path": ["ok", "blank", "black", "blurred", "pale"],
+            "width": [100, 50, 50, 50, 20],
+            "height": [50, 50, 50, 50, 50],
+            "mean_red": [150, 240, 5, 150, 220],
+            "mean_green": [100, 240, 5, 100, 220],
+            "mean_blue": [150, 240, 5, 150, 225],
+            "entropy": [6, 1.5, 0.2, 5, 4.7],
+            "tissue_fraction": [0.8, 0, 0, 0.7, 0],
+            "sharpness": [900, 1, 0, 5, 700],
+        }
+    )
+    report = check_cohort(found(folder), None, None, RGB, quality=quality)
+    result = report.data["quality"]
+    assert {k: result[k] for k in ("blank", "black", "blurred")} == {"blank": 1, "black": 1, "blurred": 1}
+    assert result["blank_examples"] == ["blank"]
+    assert report.data["sizes"]["below_32"] == 1
+    assert "1 blank, 1 black, 1 blurred of 5" in report.to_text()
+    assert (
+        check_cohort(found(folder), None, None, RGB, quality=quality[["entropy"]]).data["quality"]["blank"]
+        == 0
+    )
+
+
+def test_swapped_colours_are_warned_of(tmp_path: Path) -> None:
+    data = pytest.importorskip("skimage.data")
+    tissue = data.immunohistochemistry()
+    for i in range(6):
+        Image.fromarray(tissue[i * 60 : i * 60 + 150, :150, ::-1]).save(
+            tmp_path / f"case_1_match_1_sox10_patch{i}.png"
+        )
+    report = check_cohort(scan(tmp_path, PatchesConfig()), None, None, RGB)
+    assert any("swapped in sox10" in w and "--channel-order bgr" in w for w in report.warnings)
+    mended = check_cohort(scan(tmp_path, PatchesConfig()), None, None, ImagesConfig(channel_order="bgr"))
+    assert not any("swapped" in w for w in mended.warnings)
