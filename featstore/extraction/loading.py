@@ -35,29 +35,43 @@ class Loaded:
     converted: str
 
 
-def load(
-    folder: Path, path: str, preprocessing: Preprocessing, channel_order: str, max_pixels: int
-) -> Loaded:
-    """Read, decode and resize one patch.
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """A file's bytes and its modification time in ns, from one opening of it."""
+
+    data: bytes
+    mtime_ns: int
+
+
+def read(folder: Path, path: str) -> Raw:
+    """Read one file.
 
     Raises:
-        ImageError: The file is gone, unreadable, or no image that can be used.
+        ImageError: The file is gone or unreadable.
     """
     try:
         with open(folder / path, "rb") as file:
             state = os.fstat(file.fileno())
-            data = file.read()
+            return Raw(file.read(), state.st_mtime_ns)
     except OSError as error:
         raise ImageError(
             f"a patch cannot be read ({error.strerror})",
             where=str(folder / path),
             fix="check that the folder is still there and nobody is moving its files",
         ) from error
-    decoded = decode(data, path, channel_order, max_pixels)
+
+
+def load(raw: Raw, path: str, preprocessing: Preprocessing, channel_order: str, max_pixels: int) -> Loaded:
+    """Decode and resize one patch.
+
+    Raises:
+        ImageError: The file is no image that can be used.
+    """
+    decoded = decode(raw.data, path, channel_order, max_pixels)
     return Loaded(
         pixels=prepare(decoded.pixels, preprocessing),
         quality=quality(decoded.pixels),
-        stat=np.array([len(data), state.st_mtime_ns], np.int64),
-        sha256=np.frombuffer(hashlib.sha256(data).digest(), np.uint8),
+        stat=np.array([len(raw.data), raw.mtime_ns], np.int64),
+        sha256=np.frombuffer(hashlib.sha256(raw.data).digest(), np.uint8),
         converted=decoded.converted,
     )
