@@ -25,7 +25,7 @@ from featstore.errors import ConfigError
 from featstore.extraction import ExtractionReport, Plan, Progress, extract
 from featstore.settings import PROJECT_FILE, Leaf, leaves
 from featstore.store import Store
-from featstore.store.store import read_manifest
+from featstore.store.records import read_manifest
 
 REPORTS = "reports"
 
@@ -84,7 +84,7 @@ def init_project(config: FeatstoreConfig, project: Path, patches: Path, force: b
         raise ConfigError(
             "the project folder lies in the folder of patches: its pictures would be taken for patches",
             where=str(project),
-            fix=f"make it elsewhere: mkdir ../project; cd ../project; featstore init {os.path.abspath(patches)}",
+            fix=f"make it elsewhere and run there: featstore init {os.path.abspath(patches)}",
         )
     folder = (
         os.path.relpath(patches, project) if patches.resolve().is_relative_to(project.resolve()) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ _MAX_BYTES = 1 << 20
 _FLOAT = (
     r"[-+]?((0|[1-9][0-9]*)?\.[0-9]+|(0|[1-9][0-9]*)\.?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)"
 )
+# A section has at most one of these, and the section's name alone stands for it.
+_PRINCIPAL = ("name", "path", "file", "folder")
 C = TypeVar("C", bound=BaseModel)
 
 
@@ -66,25 +69,21 @@ def leaves(model: type[BaseModel]) -> Iterator[Leaf]:
 
 
 def flag_names(model: type[BaseModel]) -> dict[str, list[str]]:
-    """The flags of every setting, by its path.
+    """The flags of every setting, by its path; the first one is the name that `--help` shows.
 
-    ``--section-key`` always works; ``--key`` where no other section has this key;
-    ``--section`` stands for a section's first setting that says what or where
-    (``--backbone``, ``--labels``, ``--store``, ``--patches``).
+    ``--section-key`` always works; ``--key`` where no other section has this key; ``--section``
+    for the setting that says what or where a section is about (``--backbone``, ``--labels``,
+    ``--store``, ``--patches``).
     """
     found = list(leaves(model))
-    count: dict[str, int] = {}
-    for leaf in found:
-        count[leaf.key] = count.get(leaf.key, 0) + 1
-    names: dict[str, list[str]] = {}
-    seen: set[str] = set()
+    count = Counter(leaf.key for leaf in found)
+    names = {}
     for leaf in found:
         flags = [leaf.key] if count[leaf.key] == 1 else []
         if leaf.section:
             flags.append(f"{leaf.section}-{leaf.key}")
-            if leaf.section not in seen and leaf.key in ("name", "path", "file", "folder"):
-                flags.append(leaf.section)
-            seen.add(leaf.section)
+            if leaf.key in _PRINCIPAL:
+                flags.insert(0, leaf.section)
         names[leaf.path] = ["--" + flag.replace("_", "-") for flag in flags]
     return names
 
@@ -140,7 +139,7 @@ class Layers:
         if path in known and known[path].info.description:
             expected += f" ({known[path].info.description})"
         return ConfigError(
-            f"{path} is {value!r}", expected=expected, where=origin, fix=f"change {path} in {origin}"
+            f"{path} is {value!r}", expected=expected, where=origin, fix=f"give {path} another value"
         )
 
 

@@ -28,7 +28,7 @@ from featstore.extraction.plan import Plan, make_plan
 from featstore.extraction.shards import Shard, parse_shard
 from featstore.spec import EmbeddingSpec
 from featstore.store import Store, StoreWriter
-from featstore.store.store import read_manifest
+from featstore.store.records import read_manifest
 from featstore.store.writer import check_writable
 
 

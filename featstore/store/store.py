@@ -17,17 +17,10 @@ from featstore.cohort.names import natural_key
 from featstore.errors import StoreDamaged, StoreError
 from featstore.quality import QUALITY_COLUMNS
 from featstore.spec import EmbeddingSpec
-from featstore.store.format import (
-    CASES,
-    MANIFEST,
-    Record,
-    decode_manifest,
-    decode_record,
-    record_name,
-    record_sequence,
-)
+from featstore.store.format import CASES, MANIFEST, Record
 from featstore.store.ids import component
 from featstore.store.reading import Layout, layout, read_columns, read_features
+from featstore.store.records import newest_records, read_manifest, read_record
 
 GEOMETRY_COLUMNS = ("x0", "y0", "x1", "y1", "x2", "y2", "x3", "y3")
 
@@ -231,87 +224,3 @@ def _file_states(arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
         "mtime_ns": arrays["source_stat"][:, 1],
         "sha256": pd.array([row.tobytes() for row in digests], dtype=object),
     }
-
-
-def read_manifest(root: Path) -> EmbeddingSpec | None:
-    """The store's EmbeddingSpec; None where there is no store."""
-    path = root / MANIFEST
-    try:
-        data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise StoreError(
-            f"the store may not be read ({error.strerror})", where=str(path), fix="give yourself permission"
-        ) from error
-    return decode_manifest(data, str(path))
-
-
-def newest_records(root: Path) -> dict[str, int]:
-    """The highest record number of every case folder that has one."""
-    newest = {}
-    try:
-        with os.scandir(root / CASES) as folders:
-            for folder in folders:
-                number = highest_record(Path(folder.path)) if folder.is_dir() else None
-                if number is not None:
-                    newest[folder.name] = number
-    except OSError as error:
-        raise StoreError(
-            f"the store's cases cannot be listed ({error.strerror})",
-            where=str(error.filename),
-            fix="check the file system and your permissions",
-        ) from error
-    return newest
-
-
-def highest_record(folder: Path) -> int | None:
-    """The number of a case folder's newest record; None where there is none."""
-    try:
-        numbers = [record_sequence(name) for name in os.listdir(folder)]
-    except FileNotFoundError:
-        return None
-    return max((number for number in numbers if number is not None), default=None)
-
-
-def read_record(root: Path, name: str, sequence: int, spec: EmbeddingSpec) -> Record:
-    """Read and check one record.
-
-    Args:
-        root: The store's folder.
-        name: The case's folder name.
-        sequence: The record's number.
-        spec: The store's; the record must have its fingerprint.
-
-    Raises:
-        StoreError: The record is gone (`gc` removed it after this view was opened), or unreadable.
-        StoreDamaged: The record is not what was written, or not of this store.
-    """
-    path = root / CASES / name / record_name(sequence)
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise StoreError(
-            "a record is gone since the store was opened", where=str(path), fix="open it again"
-        ) from error
-    except OSError as error:
-        raise StoreError(f"a record may not be read ({error.strerror})", where=str(path)) from error
-    record = decode_record(data, str(path))
-    if record.sequence != sequence or component(record.case_id) != name:
-        raise StoreDamaged(
-            f"this record was written as number {record.sequence} of case {record.case_id!r}",
-            expected=f"number {sequence} of the case in {name}",
-            where=str(path),
-            fix="it was copied here by hand: move it away",
-        )
-    if record.fingerprint != spec.fingerprint:
-        raise StoreDamaged(
-            f"this record has the fingerprint {record.fingerprint}",
-            expected=f"{spec.fingerprint}, the store's",
-            where=str(path),
-            fix="it was copied here from another store: move it away",
-        )
-    return record
-
-
-__all__ = ["Store", "highest_record", "newest_records", "read_manifest", "read_record"]

@@ -34,7 +34,8 @@ from featstore.store.format import (
 )
 from featstore.store.ids import component
 from featstore.store.ranges import encode_ranges
-from featstore.store.store import Store, highest_record, read_manifest, read_record
+from featstore.store.records import highest_record, read_manifest, read_record
+from featstore.store.store import Store
 
 Patches = Mapping[tuple[str, str], NDArray[np.int64]]
 

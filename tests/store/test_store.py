@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from featstore.errors import FingerprintMismatch, StoreDamaged, StoreError
 from featstore.store import Store, StoreWriter, files
-from featstore.store.store import highest_record
+from featstore.store.records import highest_record
 from tests.store.builders import DIM, feature, make_slice, make_spec
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -1,0 +1,228 @@
+"""Commands whose flags are the settings: every field of a config, on every command.
+
+Typer does the parsing; this says which flags there are and lays the config together. It knows
+no particular config: `cli.py` hands over the whole one, heads and training included.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import typer
+from pydantic import BaseModel
+from typer.core import TyperGroup
+
+from featstore import settings
+from featstore.errors import ConfigError, FeatstoreError
+
+C = TypeVar("C", bound=BaseModel)
+
+
+class Commands(TyperGroup):
+    """Commands in the order of their definition."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names of all commands."""
+        return list(self.commands)
+
+
+def canonical(args: Sequence[str], names: Mapping[str, Sequence[str]]) -> list[str]:
+    """Command-line words with every flag under its one name.
+
+    ``--per_slice_cap`` becomes ``--per-slice-cap``, ``--extract-batch-size`` ``--batch-size``.
+
+    Args:
+        args: The words as typed; those after ``--`` are left alone.
+        names: The flags of every setting, the name to be used first (`settings.flag_names`).
+    """
+    first = {flag: flags[0] for flags in names.values() for flag in flags}
+    first |= {f"--no-{flag[2:]}": f"--no-{name[2:]}" for flag, name in first.items()}
+    end = list(args).index("--") if "--" in args else len(args)
+
+    def one(text: str) -> str:
+        name, equals, value = text.partition("=")
+        name = name.replace("_", "-")
+        return first.get(name, name) + equals + value if text.startswith("--") else text
+
+    return [one(text) if i < end else text for i, text in enumerate(args)]
+
+
+@dataclass(frozen=True)
+class Call(Generic[C]):
+    """What every command is given: settings, project folder, and how to answer."""
+
+    config: C
+    project: Path
+    as_json: bool
+
+    def show(self, text: str, data: dict[str, Any]) -> None:
+        """Print the answer, for a person or as JSON."""
+        print(json.dumps(data, indent=2, ensure_ascii=False, default=str) if self.as_json else text)
+
+    def tell(self, text: str) -> None:
+        """Print a remark that is no part of the answer."""
+        print(text, file=sys.stderr if self.as_json else sys.stdout, flush=True)
+
+
+class CommandLine(Generic[C]):
+    """A Typer application whose commands all take every setting as a flag.
+
+    Args:
+        model: The config.
+        summary: What `--help` says of the whole.
+    """
+
+    def __init__(self, model: type[C], summary: str) -> None:
+        class Canonical(Commands):
+            def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> Any:
+                words = canonical(sys.argv[1:] if args is None else args, settings.flag_names(model))
+                return super().main(words, *more, **extra)
+
+        self.app = typer.Typer(
+            cls=Canonical,
+            no_args_is_help=True,
+            add_completion=False,
+            pretty_exceptions_enable=False,
+            rich_markup_mode=None,
+            context_settings={"help_option_names": ["-h", "--help"]},
+            help=summary,
+        )
+        self._model = model
+
+    def command(
+        self,
+        shown: Sequence[str],
+        *,
+        in_project: bool = True,
+        presets: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> Callable[[Callable[..., None]], Callable[..., None]]:
+        """Make a function a command that also takes every setting as a flag.
+
+        Args:
+            shown: Sections whose flags `--help` lists; the others work all the same.
+            in_project: Whether a `featstore.yaml` must be there.
+            presets: Settings that the command's own options stand for.
+        """
+
+        def register(function: Callable[..., None]) -> Callable[..., None]:
+            own = list(inspect.signature(function).parameters.values())[1:]
+            own = [p.replace(annotation=_annotations(function)[p.name]) for p in own]
+
+            def run(**values: Any) -> None:
+                mine = {p.name: values[p.name] for p in own}
+                try:
+                    call = self._call(values, in_project, presets(mine) if presets else {})
+                    function(call, **mine)
+                except FeatstoreError as error:
+                    print(f"featstore {run.__name__}: {error}", file=sys.stderr)
+                    raise typer.Exit(error.exit_code) from error
+                except BrokenPipeError:
+                    # `featstore info | head`: nobody reads on, and Python must not complain at its end.
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                    raise typer.Exit(1) from None
+                except OSError as error:
+                    where = f"\n  where: {error.filename}" if error.filename else ""
+                    print(f"featstore {run.__name__}: {error.strerror or error}{where}", file=sys.stderr)
+                    raise typer.Exit(2) from error
+
+            parameters = [*own, *_common(), *self._setting_flags(shown)]
+            run.__name__, run.__doc__ = function.__name__, function.__doc__
+            run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+            run.__annotations__ = {p.name: p.annotation for p in parameters}
+            self.app.command(function.__name__)(run)
+            return function
+
+        return register
+
+    def _setting_flags(self, shown: Sequence[str]) -> list[inspect.Parameter]:
+        names = settings.flag_names(self._model)
+        parameters = []
+        for leaf in settings.leaves(self._model):
+            flag = names[leaf.path][0]
+            spelling = f"{flag}/--no-{flag[2:]}" if leaf.is_flag else flag
+            default = "" if leaf.info.default in (None, [], {}) else f" [{leaf.info.default}]"
+            option = typer.Option(
+                None,
+                spelling,
+                help=f"{leaf.info.description}{default}",
+                hidden=leaf.section not in shown,
+                rich_help_panel=f"Settings: {leaf.section or 'cohort'}",
+            )
+            parameters.append(
+                _parameter(
+                    leaf.path.replace(".", "__"), bool | None if leaf.is_flag else str | None, option
+                )
+            )
+        return parameters
+
+    def _call(self, values: dict[str, Any], in_project: bool, presets: dict[str, Any]) -> Call[C]:
+        """The settings: defaults, featstore.yaml, --config, --set, flags; the last word wins."""
+        here = Path.cwd()
+        layers = settings.Layers()
+        given = values["project"].absolute() if values["project"] else None
+        project = given or (settings.find_project(here) if in_project else here)
+        if in_project and project is not None and (project / settings.PROJECT_FILE).is_file():
+            path = project / settings.PROJECT_FILE
+            layers.add(self._model, settings.read_file(path), str(path))
+        elif in_project or project is None:
+            raise ConfigError(
+                f"no {settings.PROJECT_FILE} in {project or here}" + ("" if project else " or its parents"),
+                expected="a project folder",
+                fix="make one: featstore init PATCHES --labels labels.csv; or name one: --project DIR",
+            )
+        if values["config_file"] is not None:
+            layers.add(self._model, settings.read_file(values["config_file"]), str(values["config_file"]))
+        for text in values["assignments"] or ():
+            layers.add(self._model, settings.parse_assignment(text, self._model), f"--set {text}")
+        names = settings.flag_names(self._model)
+        for leaf in settings.leaves(self._model):
+            value, flag = values[leaf.path.replace(".", "__")], names[leaf.path][0]
+            if isinstance(value, str):
+                if leaf.is_path and project != here:
+                    value = str(here / value)
+                layers.add(self._model, settings.nest(leaf, value, flag), flag)
+            elif value is not None:
+                layers.add(self._model, {leaf.section: {leaf.key: value}}, flag)
+        layers.add(self._model, presets, "the command")
+        return Call(layers.build(self._model), project, values["as_json"])
+
+
+def _annotations(function: Callable[..., None]) -> dict[str, Any]:
+    return inspect.get_annotations(function, eval_str=True)
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _common() -> list[inspect.Parameter]:
+    panel = "Project"
+    return [
+        _parameter(
+            "project",
+            Path | None,
+            typer.Option(
+                None, help="project folder (default: here, or the nearest parent)", rich_help_panel=panel
+            ),
+        ),
+        _parameter(
+            "config_file",
+            Path | None,
+            typer.Option(None, "--config", help="YAML laid over featstore.yaml", rich_help_panel=panel),
+        ),
+        _parameter(
+            "assignments",
+            list[str] | None,
+            typer.Option(None, "--set", help="section.key=value, any setting", rich_help_panel=panel),
+        ),
+        _parameter(
+            "as_json", bool, typer.Option(False, "--json", help="answer as JSON", rich_help_panel=panel)
+        ),
+    ]
