@@ -102,7 +102,7 @@ def load_tissue() -> Tissue:
     Raises:
         CohortError: scikit-image is not installed, or without its image.
     """
-    rgb = np.asarray(Image.open(_image_file()).convert("RGB"), np.float32)
+    rgb = tissue_pixels().astype(np.float32)
     from skimage.filters import gaussian  # slow to import; after the check that it is there
 
     density = -np.log(np.maximum(rgb, 1) / 255)
@@ -120,6 +120,15 @@ def load_tissue() -> Tissue:
     rng, single = np.random.default_rng(0), _single_nuclei(maps)
     nuclei_drawn = tuple(_turned(single[n % len(single)], rng) for n in range(N_DRAWN))
     return Tissue(maps, nuclei_drawn, blocks.mean((1, 3)).astype(np.float32))
+
+
+def tissue_pixels() -> NDArray[np.uint8]:
+    """(512, 512, 3) uint8: colon tissue stained with DAB and hematoxylin.
+
+    Raises:
+        CohortError: scikit-image is not installed, or without its image.
+    """
+    return np.asarray(Image.open(_image_file()).convert("RGB"))
 
 
 def _image_file() -> Path:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
+
+# The networks of the tests are tiny: several threads only wait for one another, for seconds on a
+# busy machine. Set before anything loads OpenMP, and inherited by the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings

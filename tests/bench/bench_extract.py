@@ -23,10 +23,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from featstore.backbones import build_backbone  # noqa: E402
-from featstore.bench import bench_extract  # noqa: E402
-from featstore.config import FeatstoreConfig  # noqa: E402
-from featstore.demo_tissue import load_tissue_pixels  # noqa: E402
+from featstore.backbones import build_backbone
+from featstore.bench import bench_extract
+from featstore.config import FeatstoreConfig
+from featstore.demo_tissue import tissue_pixels
 
 
 class Patches(torch.utils.data.Dataset):
@@ -48,7 +48,9 @@ def plain_rate(paths: list[Path], config: FeatstoreConfig, device: str) -> float
     backbone = build_backbone(config.backbone, Path())
     module = backbone.module.to(device)
     loader = torch.utils.data.DataLoader(
-        Patches(paths, backbone.preprocessing.mean, backbone.preprocessing.std), batch_size=32, num_workers=2
+        Patches(paths, backbone.preprocessing.mean, backbone.preprocessing.std),
+        batch_size=32,
+        num_workers=2,
     )
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         module(torch.zeros(32, 3, 224, 224, device=device))
@@ -60,7 +62,7 @@ def plain_rate(paths: list[Path], config: FeatstoreConfig, device: str) -> float
 
 def make_tiles(folder: Path, count: int) -> None:
     """Crops of real tissue under the naming convention, all different."""
-    pixels = load_tissue_pixels()
+    pixels = tissue_pixels()
     rng = np.random.default_rng(0)
     folder.mkdir()
     for i in range(count):
@@ -94,7 +96,10 @@ def main() -> None:
         plain = statistics.median(plain_rate(paths, config, device) for _ in range(options.rounds))
         result = bench_extract(config, Path(), options.patches, options.rounds)
     print(result.to_text())
-    print(f"  plain loop       {plain:>9,.1f} patches/s; extraction is {result.pipeline_rate / plain:.2f} × as fast")
+    print(
+        f"  plain loop       {plain:>9,.1f} patches/s; "
+        f"extraction is {result.pipeline_rate / plain:.2f} × as fast"
+    )
     print(json.dumps({**result.to_json(), "plain_rate": round(plain, 2)}))
 
 
