@@ -18,7 +18,6 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,9 +41,6 @@ from featstore.png import (
     read_header,
     refuse,
 )
-
-if TYPE_CHECKING:
-    from featstore.backbones.registry import Preprocessing
 
 __all__ = [
     "COLOR_POLICY",
@@ -178,6 +174,31 @@ def resize_and_crop(pixels: Pixels, resize_to: int, crop: int, interpolation: st
     return np.ascontiguousarray(resized[top : top + crop, left : left + crop])
 
 
+@dataclass(frozen=True)
+class Preprocessing:
+    """From a decoded patch to what a backbone takes; `prepare` and `backbones.normalize` apply it.
+
+    Attributes:
+        resize: Side in pixels of the square that the whole patch is resized to; with a crop, of the
+            shorter side before it.
+        crop: Side of the centre crop in pixels; None for none.
+        interpolation: ``bilinear``, ``bicubic``, …
+        mean: Per channel (R, G, B), on a 0 to 1 scale.
+        std: Per channel.
+    """
+
+    resize: int
+    crop: int | None
+    interpolation: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def size(self) -> int:
+        """Side of the backbone's input in pixels."""
+        return self.resize if self.crop is None else self.crop
+
+
 def prepare(pixels: Pixels, preprocessing: Preprocessing) -> Pixels:
     """Brings a patch to the size that the backbone takes.
 
@@ -190,7 +211,7 @@ def prepare(pixels: Pixels, preprocessing: Preprocessing) -> Pixels:
     """
     if preprocessing.crop is None:
         return resize(pixels, (preprocessing.size, preprocessing.size), preprocessing.interpolation)
-    return resize_and_crop(pixels, preprocessing.scale_to, preprocessing.crop, preprocessing.interpolation)
+    return resize_and_crop(pixels, preprocessing.resize, preprocessing.crop, preprocessing.interpolation)
 
 
 def _decode_samples(header: PngHeader, chunks: Chunks, name: str) -> NDArray[np.generic]:

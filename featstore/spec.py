@@ -21,8 +21,9 @@ class EmbeddingSpec:
     Attributes:
         backbone: The name as configured, e.g. ``densenet121`` or ``timm:NAME``.
         weights_sha256: Digest of the state dict's names, dtypes, shapes and values.
-        resize: Side in pixels that the whole patch is resized to, or ``model``.
-        crop: Side of the centre crop after the resize; None for no cropping.
+        resize: Side in pixels of the square that the whole patch is resized to; with a crop, of
+            the shorter side before it.
+        crop: Side of the centre crop in pixels; None for none.
         interpolation: ``bilinear``, ``bicubic``, …, the model's own.
         resize_implementation: Which code resizes; results differ in the last bits.
         channel_order: ``rgb`` or ``bgr``, as the PNG files were written.
@@ -39,7 +40,7 @@ class EmbeddingSpec:
 
     backbone: str
     weights_sha256: str
-    resize: int | str
+    resize: int
     crop: int | None
     interpolation: str
     resize_implementation: str

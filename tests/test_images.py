@@ -309,13 +309,13 @@ def test_resize():
 
 
 def test_prepare_chooses():
-    from featstore.backbones import Preprocessing
+    from featstore.images import Preprocessing
 
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
     half = (0.5, 0.5, 0.5)
-    whole = Preprocessing(16, 16, None, 16, "bilinear", half, half)
+    whole = Preprocessing(16, None, "bilinear", half, half)
     np.testing.assert_array_equal(prepare(pixels, whole), resize(pixels, (16, 16), "bilinear"))
-    centre = Preprocessing("model", 16, 16, 20, "bilinear", half, half)
+    centre = Preprocessing(20, 16, "bilinear", half, half)
     np.testing.assert_array_equal(prepare(pixels, centre), resize_and_crop(pixels, 20, 16, "bilinear"))
 
 

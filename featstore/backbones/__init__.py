@@ -4,7 +4,6 @@ from . import timm_models as _timm_models  # noqa: F401  (registers its backbone
 from . import torchvision_models as _torchvision_models  # noqa: F401
 from .registry import (
     Backbone,
-    Preprocessing,
     backbone_names,
     build_backbone,
     normalize,
@@ -14,7 +13,6 @@ from .weights import state_sha256
 
 __all__ = [
     "Backbone",
-    "Preprocessing",
     "backbone_names",
     "build_backbone",
     "normalize",

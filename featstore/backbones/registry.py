@@ -17,35 +17,10 @@ from torch import nn
 
 from featstore.config import BackboneConfig
 from featstore.errors import BackboneError
-from featstore.images import COLOR_POLICY, RESIZE_IMPLEMENTATION
+from featstore.images import COLOR_POLICY, RESIZE_IMPLEMENTATION, Preprocessing
 from featstore.spec import EmbeddingSpec
 
 from .weights import state_sha256
-
-Triple = tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """From a decoded patch to what the module takes; `featstore.images.prepare` and `normalize` apply it.
-
-    Attributes:
-        resize: As configured: a side in pixels, or ``model``.
-        size: Side of the module's input in pixels.
-        crop: Side of the centre crop (then ``size``); None: the whole patch is resized to a square.
-        scale_to: What the shorter side is resized to before the crop; ``size`` if there is none.
-        interpolation: ``bilinear``, ``bicubic``, …
-        mean: Per channel (R, G, B), on a 0 to 1 scale.
-        std: Per channel.
-    """
-
-    resize: int | str
-    size: int
-    crop: int | None
-    scale_to: int
-    interpolation: str
-    mean: Triple
-    std: Triple
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,9 +19,10 @@ from torch import nn
 
 from featstore.config import BackboneConfig
 from featstore.errors import BackboneError
+from featstore.images import Preprocessing
 
 from .downloads import fetch_hub_file, fetch_url
-from .registry import Backbone, Preprocessing, assemble, nearest, pool_grid, register_backbone
+from .registry import Backbone, assemble, nearest, pool_grid, register_backbone
 from .weights import load_into, read_state
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
@@ -226,11 +227,9 @@ def _hub_config(path: Path, shown: str) -> dict[str, Any]:
 
 def _preprocessing(data: dict[str, Any], config: BackboneConfig) -> Preprocessing:
     """From timm's data config, of which an integer ``resize`` keeps interpolation, mean and std."""
-    resize = config.resize
-    size, scale_to, crop = data["input_size"][1], data["input_size"][1], None
-    if isinstance(resize, int):
-        size = scale_to = resize
-    else:
+    size, crop = data["input_size"][1], None
+    resize = size if config.resize == "model" else config.resize
+    if config.resize == "model":
         mode, share = data.get("crop_mode") or "center", float(data.get("crop_pct") or 0.875)
         plain = mode == "center" or (mode == "squash" and share == 1.0)
         if data["input_size"][1] != data["input_size"][2] or not plain:
@@ -241,12 +240,10 @@ def _preprocessing(data: dict[str, Any], config: BackboneConfig) -> Preprocessin
                 fix=f"set backbone.resize: {size}",
             )
         if mode == "center":
-            crop, scale_to = size, math.floor(size / share)
+            crop, resize = size, math.floor(size / share)
     return Preprocessing(
         resize=resize,
-        size=size,
         crop=crop,
-        scale_to=scale_to,
         interpolation=str(data["interpolation"]),
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),

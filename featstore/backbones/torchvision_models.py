@@ -18,9 +18,10 @@ from torch import nn
 
 from featstore.config import BackboneConfig
 from featstore.errors import BackboneError
+from featstore.images import Preprocessing
 
 from .downloads import fetch_url
-from .registry import Backbone, Preprocessing, assemble, pool_grid, register_backbone
+from .registry import Backbone, assemble, pool_grid, register_backbone
 from .weights import load_into
 
 
@@ -94,12 +95,10 @@ def _build(
 
 def _preprocessing(resize: int | str, transforms: Any) -> Preprocessing:
     """From the weights' own transforms, of which an integer ``resize`` keeps all but the sizes."""
-    crop, scale_to = transforms.crop_size[0], transforms.resize_size[0]
+    whole = isinstance(resize, int)
     return Preprocessing(
-        resize=resize,
-        size=resize if isinstance(resize, int) else crop,
-        crop=None if isinstance(resize, int) else crop,
-        scale_to=resize if isinstance(resize, int) else scale_to,
+        resize=resize if isinstance(resize, int) else transforms.resize_size[0],
+        crop=None if whole else transforms.crop_size[0],
         interpolation=transforms.interpolation.value,
         mean=tuple(transforms.mean),
         std=tuple(transforms.std),

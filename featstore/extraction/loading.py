@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.backbones import Preprocessing
 from featstore.errors import ImageError
-from featstore.images import decode, prepare
+from featstore.images import Preprocessing, decode, prepare
 from featstore.quality import quality
 
 

@@ -14,12 +14,12 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 
-from featstore.backbones import Preprocessing
 from featstore.config import ImagesConfig
 from featstore.errors import ImageError
 from featstore.extraction.committer import Batch, Committer
 from featstore.extraction.forward import Embedder
 from featstore.extraction.loading import Loaded, Raw, load, read
+from featstore.images import Preprocessing
 
 T = TypeVar("T")
 R = TypeVar("R")

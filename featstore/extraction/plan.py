@@ -180,7 +180,7 @@ def _vanished(scan: Scan, table: pd.DataFrame, sources: pd.DataFrame) -> pd.Data
     here = table[KEY].astype({"case_id": object, "stain": object, "slice_id": object})
     found = sources.merge(here, on=KEY, how="left", indicator=True)["_merge"].eq("both").to_numpy()
     # An excluded case's patches are still there; they are only not looked at.
-    excluded = sources["case_id"].isin(scan.excluded).to_numpy()
+    excluded = sources["case_id"].isin([*scan.excluded, *scan.unknown_exclusions]).to_numpy()
     return sources[~found & ~excluded]
 
 

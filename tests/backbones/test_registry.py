@@ -8,7 +8,6 @@ from torch import nn
 
 from featstore.backbones import (
     Backbone,
-    Preprocessing,
     backbone_names,
     build_backbone,
     normalize,
@@ -18,6 +17,7 @@ from featstore.backbones import (
 from featstore.backbones.registry import assemble, pool_grid
 from featstore.config import BackboneConfig
 from featstore.errors import BackboneError
+from featstore.images import Preprocessing
 
 
 def build(tmp_path, **settings):
@@ -111,9 +111,9 @@ def test_frozen(densenet):
 
 def test_preprocessing(densenet, tmp_path):
     whole = densenet.preprocessing
-    assert (whole.resize, whole.size, whole.crop, whole.scale_to) == (64, 64, None, 64)
+    assert (whole.resize, whole.size, whole.crop) == (64, 64, None)
     own = build(tmp_path, name="resnet50", resize="model").preprocessing
-    assert (own.resize, own.size, own.crop, own.scale_to) == ("model", 224, 224, 256)
+    assert (own.resize, own.size, own.crop) == (256, 224, 224)
     assert own.interpolation == "bilinear"
     assert (own.mean, own.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -172,7 +172,7 @@ def test_one_registration_adds_a_backbone(tmp_path, monkeypatch):
     def tuned(config, base):
         network = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
         third = (0.3, 0.3, 0.3)
-        preprocessing = Preprocessing(32, 32, None, 32, "bilinear", third, third)
+        preprocessing = Preprocessing(32, None, "bilinear", third, third)
         return assemble(config, network, network, preprocessing)
 
     backbone = build(tmp_path, name="tuned:run_1")
@@ -185,4 +185,4 @@ def test_features_that_are_no_vector_are_refused(tmp_path):
     identity = nn.Identity()
     half = (0.5, 0.5, 0.5)
     with pytest.raises(BackboneError, match="shape"):
-        assemble(BackboneConfig(), identity, identity, Preprocessing(8, 8, None, 8, "box", half, half))
+        assemble(BackboneConfig(), identity, identity, Preprocessing(8, None, "box", half, half))

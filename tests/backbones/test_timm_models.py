@@ -100,7 +100,7 @@ def test_a_model_of_one_size_only(tmp_path, monkeypatch):
 
 def test_the_models_own_preprocessing(tmp_path):
     own = build(tmp_path, name="timm:test_resnet", resize="model").preprocessing
-    assert (own.size, own.crop, own.scale_to, own.interpolation) == (160, 160, 168, "bilinear")
+    assert (own.size, own.crop, own.resize, own.interpolation) == (160, 160, 168, "bilinear")
     assert own.mean == (0.5, 0.5, 0.5)
     config = BackboneConfig(name="timm:x", resize="model")
     data = {"input_size": (3, 64, 64), "interpolation": "bicubic", "mean": (0, 0, 0), "std": (1, 1, 1)}
