@@ -107,7 +107,9 @@ class BackboneConfig(Section):
 class ExtractConfig(Section):
     """The one pass of all patches through the backbone."""
 
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto | cpu | cuda[:N]")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d{1,2})?)$", description="auto | cpu | cuda[:N]"
+    )
     amp: Literal["auto", "bf16", "fp16", "off"] = Field(
         "auto",
         description="precision; auto: bf16 where the hardware has it, else float32 (CPU) or fp16 (GPU)",

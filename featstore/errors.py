@@ -45,6 +45,10 @@ class CohortError(FeatstoreError):
 class ImageError(FeatstoreError):
     """A patch whose pixels cannot be had, or not without guessing."""
 
+    def reason(self, path: str) -> str:
+        """What is wrong, for a list in which the file's path stands beside it."""
+        return self.found.removeprefix(path).lstrip(": ")
+
 
 class BackboneError(FeatstoreError):
     """A backbone or its weights cannot be built as asked."""

@@ -129,7 +129,11 @@ class CommandLine(Generic[C]):
                     raise typer.Exit(1) from None
                 except OSError as error:
                     where = f"\n  where: {error.filename}" if error.filename else ""
-                    print(f"featstore {run.__name__}: {error.strerror or error}{where}", file=sys.stderr)
+                    print(
+                        f"featstore {run.__name__}: {error.strerror or error}{where}\n"
+                        "  to do: check this path, its permissions and the space on its disk",
+                        file=sys.stderr,
+                    )
                     raise typer.Exit(2) from error
 
             parameters = [*own, *_common(), *self._setting_flags(shown)]

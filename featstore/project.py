@@ -159,7 +159,7 @@ def extract_project(
         announce(found, plan, report)
 
     report = extract(config, project, observe, checked)
-    _save_extraction(report, project / REPORTS / "extract", config.extract.shard)
+    _save_extraction(report, project / REPORTS / "extract")
     return report
 
 
@@ -174,8 +174,9 @@ def _labels(config: FeatstoreConfig, project: Path) -> Labels | None:
     return read_labels(config.labels, config.classes, project, config.patches.normalize_cases)
 
 
-def _save_extraction(report: ExtractionReport, folder: Path, shard: str | None) -> None:
-    suffix = "" if shard is None else f"_{shard.replace('/', '_of_')}"
+def _save_extraction(report: ExtractionReport, folder: Path) -> None:
+    shard = report.shard
+    suffix = "" if shard.count == 1 else f"_{shard.index}_of_{shard.count}"
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report.to_json(), indent=2, ensure_ascii=False)
     (folder / f"report{suffix}.json").write_text(text + "\n", encoding="utf-8")
@@ -208,5 +209,7 @@ def _document(config: FeatstoreConfig, classes: dict[str, list[str]]) -> str:
 def _line(leaf: Leaf, value: Any) -> str:
     indent = "  " if leaf.section else ""
     off = "# " if value == leaf.info.get_default() and leaf.path != "patches.folder" else ""
-    shown = json.dumps(value, ensure_ascii=False)
+    # YAML takes what does not print only as an escape.
+    text = json.dumps(value, ensure_ascii=False)
+    shown = "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
     return f"{indent}# {leaf.info.description}\n{indent}{off}{leaf.key}: {shown}"

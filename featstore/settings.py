@@ -102,7 +102,10 @@ class Layers:
             if name in sections and value is None:  # `train:` with nothing below it
                 continue
             if name in sections and isinstance(value, Mapping):
-                self.values.setdefault(name, {}).update(value)
+                held = self.values.setdefault(name, {})
+                if not isinstance(held, dict):  # no section, as `build` is going to tell
+                    continue
+                held.update(value)
                 self.origins.update({f"{name}.{key}": origin for key in value})
             else:
                 self.values[name] = value
@@ -179,7 +182,11 @@ def read_file(path: Path) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > _MAX_BYTES:
-            raise ConfigError(f"a file of more than {_MAX_BYTES:,} bytes is no config", where=str(path))
+            raise ConfigError(
+                f"a file of more than {_MAX_BYTES:,} bytes is no config",
+                where=str(path),
+                fix="name another file, or make one with `featstore init`",
+            )
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
@@ -189,13 +196,16 @@ def read_file(path: Path) -> dict[str, Any]:
     data = parse(text, str(path))
     if data is None:
         return {}
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+    odd = [key for key in data if not isinstance(key, str)] if isinstance(data, dict) else [data]
+    if odd:
         raise ConfigError(
-            f"the config is a {type(data).__name__}",
+            f"the config has no sections but {type(odd[0]).__name__} {str(odd[0])[:60]!r}",
             expected="sections with keys below them",
             where=str(path),
+            fix="mend the file, or make one with `featstore init`",
         )
-    return data
+    sections: dict[str, Any] = data
+    return sections
 
 
 def parse(text: str, where: str) -> Any:
@@ -216,7 +226,9 @@ def parse(text: str, where: str) -> Any:
             fix="mend the line",
         ) from error
     except (RecursionError, ValueError) as error:
-        raise ConfigError(f"this is not YAML that can be used here: {error}", where=where) from error
+        raise ConfigError(
+            f"this is not YAML that can be used here: {error}", where=where, fix="mend it"
+        ) from error
 
 
 def parse_assignment(text: str, model: type[BaseModel]) -> dict[str, Any]:
@@ -228,7 +240,9 @@ def parse_assignment(text: str, model: type[BaseModel]) -> dict[str, Any]:
     path, equals, value = text.partition("=")
     path = path.strip().replace("-", "_")
     if not equals:
-        raise ConfigError(f"--set {text!r}", expected="--set section.key=value", where="--set")
+        raise ConfigError(
+            f"--set {text!r}", expected="--set section.key=value", where="--set", fix="give it a value"
+        )
     known = {leaf.path: leaf for leaf in leaves(model)}
     if path not in known:
         raise unknown_key(model, path, f"--set {text}")
@@ -256,14 +270,28 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader less what surprises: octal and sexagesimal numbers, yes/no, dates, aliases, tags."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed", event.start_mark)
+        if getattr(event, "tag", None) is not None:
+            problem = f"tags are not allowed (found {event.tag})"
+            raise yaml.constructor.ConstructorError(None, None, problem, event.start_mark)
         return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: Any) -> Any:
+        text = super().construct_scalar(node)
+        # Neither can stand in a path; the surrogates left out here are undecodable bytes of file names.
+        if re.search(r"[\0\ud800-\udc7f\udd00-\udfff]", text):
+            problem = "a NUL or half a character"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return text
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if isinstance(key.value, list):
+                problem = "a list or mapping as a key"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key.value!r} stands twice", key.start_mark

@@ -140,8 +140,9 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 def match_into(network: nn.Module, state: State, where: str, name: str) -> tuple[str, ...]:
     """Copies tensors into a network, matching them by name and shape, never by position.
 
-    Of the prefixes that wrappers leave on names (``module.``, ``model.``, KimiaNet's
-    ``module.model.0.``, …) the one is taken under which most tensors match.
+    Of the prefixes that wrappers leave on names (``module.``, ``model.``, …) the one is taken
+    under which most tensors match. Files may also be of the network's only child with
+    parameters: KimiaNet's ``module.model.0.conv0.weight`` is DenseNet's ``features.conv0.weight``.
 
     Args:
         network: On the CPU.
@@ -159,8 +160,12 @@ def match_into(network: nn.Module, state: State, where: str, name: str) -> tuple
     own = network.state_dict()
     needed = [key for key in own if not key.endswith(_COUNTER)]
 
-    def fits(key: str, prefix: str) -> bool:
-        found = state.get(prefix + key)
+    # (what stands before the file's names, what its names lack of the network's)
+    def named(key: str, layout: tuple[str, str]) -> str:
+        return layout[0] + key.removeprefix(layout[1])
+
+    def fits(key: str, layout: tuple[str, str]) -> bool:
+        found = state.get(named(key, layout))
         return (
             found is not None
             and found.shape == own[key].shape
@@ -168,11 +173,14 @@ def match_into(network: nn.Module, state: State, where: str, name: str) -> tuple
         )
 
     prefixes = sorted({p for key in state for p in _prefixes(key)}, key=lambda p: (len(p), p))
-    prefix = max(prefixes, key=lambda p: sum(fits(key, p) for key in needed))
-    bad = [key for key in needed if not fits(key, prefix)]
+    child = needed[0].partition(".")[0] + "."
+    lacking = ["", child] if all(key.startswith(child) for key in needed) else [""]
+    layouts = [(prefix, part) for prefix in prefixes for part in lacking]
+    layout = max(layouts, key=lambda each: sum(fits(key, each) for key in needed))
+    bad = {key: named(key, layout) for key in needed if not fits(key, layout)}
     if bad:
-        _refuse_match(bad, state, own, prefix, where, name, len(needed))
-    network.load_state_dict({key: state.get(prefix + key, own[key]) for key in own})
+        _refuse_match(bad, state, own, where, name, len(needed))
+    network.load_state_dict({key: state.get(named(key, layout), own[key]) for key in own})
     broken = [key for key, value in network.state_dict().items() if not torch.isfinite(value).all()]
     if broken:
         raise BackboneError(
@@ -181,7 +189,7 @@ def match_into(network: nn.Module, state: State, where: str, name: str) -> tuple
             where=where,
             fix="use an earlier checkpoint",
         )
-    used = {prefix + key for key in own}
+    used = {named(key, layout) for key in own}
     return tuple(
         key
         for key in sorted(state)
@@ -203,16 +211,16 @@ def _bare(key: str) -> str:
 
 
 def _refuse_match(
-    bad: list[str], state: State, own: State, prefix: str, where: str, name: str, total: int
+    bad: Mapping[str, str], state: State, own: State, where: str, name: str, total: int
 ) -> None:
-    missing = [key for key in bad if prefix + key not in state]
+    missing = [key for key in bad if bad[key] not in state]
     lines = []
     if missing:
         lines.append(f"{len(missing)} of {total} missing, e.g. {', '.join(missing[:3])}")
-    other = [key for key in bad if prefix + key in state]
+    other = [key for key in bad if bad[key] in state]
     if other:
         key = other[0]
-        found, expected = tuple(state[prefix + key].shape), tuple(own[key].shape)
+        found, expected = tuple(state[bad[key]].shape), tuple(own[key].shape)
         lines.append(f"{len(other)} of another shape or kind, e.g. {key}: {found}, expected {expected}")
     raise BackboneError(
         f"the weights do not fit {name}: {'; '.join(lines)}",

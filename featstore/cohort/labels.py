@@ -63,7 +63,10 @@ def read_labels(
     raw, lines, normalized, repeated = _read_cases(table, labels, normalize_cases)
     if not raw:
         raise CohortError(
-            f"{table.path} has a header but no rows", expected="one row a case", where="labels.file"
+            f"{table.path} has a header but no rows",
+            expected="one row a case",
+            where="labels.file",
+            fix="add a row for each case, or name another table: --labels FILE",
         )
     if codes:
         names = list(classes)

@@ -37,7 +37,12 @@ class Table:
         self._reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         first = next(self._lines(), None)
         if first is None:
-            raise CohortError(f"{path} is empty", expected="a header line and rows", where=key)
+            raise CohortError(
+                f"{path} is empty",
+                expected="a header line and rows",
+                where=key,
+                fix=f"save the table again as CSV (UTF-8), or name another as {key}",
+            )
         self.columns = [name.strip() for name in first[1]]
 
     def _lines(self) -> Iterator[tuple[int, list[str]]]:

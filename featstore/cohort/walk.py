@@ -38,7 +38,10 @@ def walk(folder: Path) -> Found:
         raise _unreadable(folder, error) from error
     if not stat.S_ISDIR(status.st_mode):
         raise CohortError(
-            f"{folder} is not a folder", expected="a folder of patches", where="patches.folder"
+            f"{folder} is not a folder",
+            expected="a folder of patches",
+            where="patches.folder",
+            fix="give the folder of patches: featstore init FOLDER, or --patches-folder FOLDER",
         )
     found = Found()
     seen = {(status.st_dev, status.st_ino)}

@@ -197,7 +197,7 @@ def _batches(
                 if rows:
                     yield rows, loaded
                 raise
-            progress.skipped.append((paths[row], error.found))
+            progress.skipped.append((paths[row], error.reason(paths[row])))
             continue
         rows.append(row)
         loaded.append(item)

@@ -54,18 +54,20 @@ class Plan:
     def to_text(self, total: int) -> str:
         """What will be done, in a few lines for a person."""
         lines = [
-            f"{total:,} patches in the folder: {len(self.pending):,} to do "
-            f"({self.new:,} new, {self.changed:,} changed), {self.done:,} done already"
+            f"{total:,} patches in the folder: {self.new:,} new, {self.changed:,} changed, "
+            f"{self.done:,} done already"
         ]
+        if self.skipped:
+            lines.append(f"{len(self.skipped):,} of them cannot be used and are skipped")
         if self.touched:
             lines.append(f"{self.touched:,} files have another time stamp but the same bytes: done")
         if self.moved:
             lines.append(f"{self.moved:,} files lie elsewhere in the folder than when they were embedded")
         if len(self.vanished):
-            shown = ", ".join(self.vanished["path"].head(3))
+            shown = ", ".join(self.vanished["path"].head(3)) + (", …" if len(self.vanished) > 3 else "")
             lines.append(
-                f"{len(self.vanished):,} patches have vanished ({shown}, …); their embeddings stay until "
-                "`featstore extract --prune`"
+                f"{len(self.vanished):,} embeddings are of patches that have vanished ({shown}); "
+                "`featstore extract --prune` drops them"
             )
         return "\n".join(lines)
 
@@ -127,7 +129,7 @@ def check_headers(folder: Path, paths: Sequence[str], images: ImagesConfig) -> l
         try:
             check_header(folder / path, path, images.max_pixels)
         except ImageError as error:
-            return error.found
+            return error.reason(path)
         return ""
 
     bad = [(path, reason) for path, reason in zip(paths, _map(check, paths), strict=True) if reason]

@@ -45,6 +45,7 @@ class ExtractionReport:
         settings: Device, precision, batch size (as it ended), workers.
         weights_ignored: Keys of a weights file that no part of the backbone took.
         interrupted: The signal that ended the pass early; None if it was not.
+        shard: The share of the work that this was.
     """
 
     plan: Plan
@@ -55,6 +56,7 @@ class ExtractionReport:
     settings: dict[str, Any]
     weights_ignored: tuple[str, ...]
     interrupted: int | None
+    shard: Shard
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
@@ -110,6 +112,7 @@ class ExtractionReport:
             "seconds_forward": round(progress.forward, 3),
             "seconds_waiting_for_writing": round(progress.waited_for_writing, 3),
             "interrupted": self.interrupted is not None,
+            "shard": f"{self.shard.index}/{self.shard.count}",
             "weights_ignored": list(self.weights_ignored),
             **self.settings,
         }
@@ -211,6 +214,7 @@ def _carry_out(
         },
         weights_ignored=tuple(backbone.weights_ignored),
         interrupted=interrupted,
+        shard=shard,
     )
 
 

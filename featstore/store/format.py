@@ -34,8 +34,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,8 +44,11 @@ from featstore.errors import StoreDamaged, StoreError
 from featstore.spec import EmbeddingSpec
 from featstore.store.ranges import decode_ranges
 
+T = TypeVar("T")
+
 FORMAT = "featstore"
-# Readers accept any minor version of their major version, and refuse other major versions.
+# Readers accept any minor version of their major version (it may add fields and columns, which
+# they pass over), and refuse other major versions.
 VERSION = (1, 0)
 MANIFEST = "featstore.json"
 CASES = "cases"
@@ -165,10 +168,10 @@ def decode_record(data: bytes, where: str) -> Record:
             raise damaged
         check_version(body.pop("format"), where)
         parts = tuple(
-            Part(p["name"], p["size"], p["sha256"], tuple(Group(**g) for g in p["groups"]))
-            for p in body.pop("parts")
+            Part(p["name"], p["size"], p["sha256"], tuple(_known(Group, g) for g in p["groups"]))
+            for p in body["parts"]
         )
-        return Record(**body, parts=parts)
+        return _known(Record, {**body, "parts": parts})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged from error
 
@@ -214,6 +217,12 @@ def check_version(found: Any, where: str) -> None:
             where=where,
             fix="read it with the featstore version that wrote it",
         )
+
+
+def _known(kind: type[T], body: dict[str, Any]) -> T:
+    """A dataclass from its own fields; those of later minor versions are passed over."""
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in body.items() if name in names})
 
 
 def _canonical(body: dict[str, Any]) -> bytes:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import StoreDamaged, StoreError
+from featstore.quality import QUALITY_COLUMNS
 from featstore.store.format import COLUMNS, OPTIONAL_COLUMNS, Slice
 from featstore.store.ids import component
 
@@ -39,6 +40,8 @@ def encode(slices: Sequence[Slice], attributes: Mapping[str, str | int]) -> byte
             group.attrs["stain"], group.attrs["slice_id"] = item.stain, item.slice_id
             for name, array in item.columns.items():
                 _write(group, name, array)
+            if "quality" in group:
+                group["quality"].attrs["columns"] = ",".join(QUALITY_COLUMNS)
         file.flush()
         image: bytes = file.id.get_file_image()
     return image

@@ -68,7 +68,7 @@ class StoreSummary:
             missing = self.cases - counts["cases"]
             lines.append(
                 f"  {name:<{width}}  {counts['cases']:>6,} cases  {counts['slices']:>7,} slices  "
-                f"{counts['patches']:>10,} patches" + (f"  ({missing:,} cases lack it)" if missing else "")
+                f"{counts['patches']:>10,} patches" + (f"  (missing in {missing:,})" if missing else "")
             )
         return "\n".join(lines)
 
