@@ -12,11 +12,12 @@ import typer
 from featstore import settings
 from featstore.errors import ConfigError
 from featstore.flags import Call, CommandLine
+from featstore.strict_yaml import read_file
 from heads.config import Config
 
 if TYPE_CHECKING:
     from featstore.cohort import CohortReport, Scan
-    from featstore.extraction import Plan, Progress
+    from featstore.extraction import ExtractionReport, Plan, Progress
 
 COHORT = ("patches", "images", "labels", "")
 
@@ -42,7 +43,8 @@ def init(
 
 @command((*COHORT, "store", "train"))
 def check(
-    call: Call[Config], sample: int = typer.Option(64, min=1, help="patches a stain that are decoded")
+    call: Call[Config],
+    sample: int = typer.Option(64, min=1, help="patches that are decoded, spread over the stains"),
 ) -> None:
     """Report on the cohort: what is there, what is left out and why, what looks odd."""
     from featstore.project import REPORTS, check_project
@@ -64,17 +66,17 @@ def extract(
     call: Call[Config], gpu: bool = typer.Option(False, "--gpu", help="insist on a GPU (--device cuda)")
 ) -> None:
     """Push every patch that the store lacks through the backbone, once."""
-    _extract(call)
-
-
-def _extract(call: Call[Config]) -> None:
-    from featstore.project import extract_project
-
-    with _ProgressBar(call) as bar:
-        report = extract_project(call.config, call.project, _caps(call.config), bar.update, bar.announce)
+    report = _extract(call)
     call.show(report.to_text(), report.to_json())
     if report.interrupted is not None:
         raise typer.Exit(128 + report.interrupted)
+
+
+def _extract(call: Call[Config]) -> ExtractionReport:
+    from featstore.project import extract_project
+
+    with _ProgressBar(call) as bar:
+        return extract_project(call.config, call.project, _caps(call.config), bar.update, bar.announce)
 
 
 @command(("store",))
@@ -115,9 +117,12 @@ def demo(call: Call[Config], folder: Path = typer.Argument(Path("demo"), help="f
     cohort = write_demo_project(folder)
     call.tell(f"{folder}: {cohort.n_patches:,} patches of {cohort.n_cases} cases\n\n{DEMO_NOTE}\n")
     layers = settings.Layers()
-    layers.add(Config, settings.read_file(folder / settings.PROJECT_FILE), str(folder))
-    inside = Call(layers.build(Config), folder.absolute(), False)
-    _extract(inside)
+    layers.add(Config, read_file(folder / settings.PROJECT_FILE), str(folder))
+    inside = Call(layers.build(Config), folder.absolute(), call.as_json)
+    report = _extract(inside)
+    call.tell(report.to_text())
+    if report.interrupted is not None:
+        raise typer.Exit(128 + report.interrupted)
     summary = summarize(Store.open(folder / inside.config.store.path))
     call.show(
         f"\n{summary.to_text()}\n\nThe folder works like your own will:\n  cd {folder}\n"

@@ -27,8 +27,10 @@ def _as_list(value: object) -> object:
 Text = Annotated[str, BeforeValidator(_as_text)]
 Texts = Annotated[list[Text], BeforeValidator(_as_list)]
 
-# Marks settings that name a file or folder: as flags they start from the current folder.
+# Marks settings that name a file or folder: as flags they start from the current folder. Some
+# name a file or something else altogether (`weights: imagenet`).
 PATH: dict[str, JsonValue] = {"path": True}
+PERHAPS_PATH: dict[str, JsonValue] = {"path": "perhaps"}
 
 
 class Section(BaseModel):
@@ -95,7 +97,9 @@ class BackboneConfig(Section):
 
     name: str = Field("densenet121", description="densenet121 | resnet50 | timm:NAME")
     weights: str = Field(
-        "imagenet", description="imagenet | path of a .safetensors or .pth file | random:SEED"
+        "imagenet",
+        description="imagenet | path of a .safetensors or .pth file | random:SEED",
+        json_schema_extra=PERHAPS_PATH,
     )
     resize: Annotated[int, Field(ge=8, le=4096)] | Literal["model"] = Field(
         224, description="side in px of the resized whole patch, or model: the model's own resize and crop"
@@ -144,7 +148,9 @@ class FeatstoreConfig(Section):
     )
     exclude: Texts = Field([], description="case ids left out of everything")
     groups: str | dict[str, Texts] | None = Field(
-        None, description="cases that belong together: CSV with columns case,group, or name: [case, …]"
+        None,
+        description="cases that belong together: CSV with columns case,group, or name: [case, …]",
+        json_schema_extra=PERHAPS_PATH,
     )
     stains: dict[str, Texts] = Field({}, description="further stains: name: [alias, …]")
     store: StoreConfig = StoreConfig()

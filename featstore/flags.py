@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 
 from featstore import settings
 from featstore.errors import ConfigError, FeatstoreError
+from featstore.strict_yaml import read_file
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -174,7 +175,7 @@ class CommandLine(Generic[C]):
         project = given or (settings.find_project(here) if in_project else here)
         if in_project and project is not None and (project / settings.PROJECT_FILE).is_file():
             path = project / settings.PROJECT_FILE
-            layers.add(self._model, settings.read_file(path), str(path))
+            layers.add(self._model, read_file(path), str(path))
         elif in_project or project is None:
             raise ConfigError(
                 f"no {settings.PROJECT_FILE} in {project or here}" + ("" if project else " or its parents"),
@@ -182,15 +183,17 @@ class CommandLine(Generic[C]):
                 fix="make one: featstore init PATCHES --labels labels.csv; or name one: --project DIR",
             )
         if values["config_file"] is not None:
-            layers.add(self._model, settings.read_file(values["config_file"]), str(values["config_file"]))
+            layers.add(self._model, read_file(values["config_file"]), str(values["config_file"]))
         for text in values["assignments"] or ():
             layers.add(self._model, settings.parse_assignment(text, self._model), f"--set {text}")
         names = settings.flag_names(self._model)
         for leaf in settings.leaves(self._model):
             value, flag = values[leaf.path.replace(".", "__")], names[leaf.path][0]
             if isinstance(value, str):
-                if leaf.is_path and project != here:
-                    value = str(here / value)
+                if project != here and value != "null":
+                    named = here / value
+                    if leaf.is_path or (leaf.may_be_path and named.is_file()):
+                        value = str(named)
                 layers.add(self._model, settings.nest(leaf, value, flag), flag)
             elif value is not None:
                 layers.add(self._model, {leaf.section: {leaf.key: value}}, flag)

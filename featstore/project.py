@@ -97,10 +97,12 @@ def init_project(config: FeatstoreConfig, project: Path, patches: Path, force: b
     report = check_project(config, project, None)
     labels = _labels(config, project)
     classes = {} if config.classes or labels is None else {_class_name(n): [n] for n in labels.class_names}
-    if not os.access(project, os.W_OK):
+    there = next(folder for folder in (project, *project.absolute().parents) if folder.exists())
+    if not os.access(there, os.W_OK):
         raise ConfigError(
             "no permission to write here", where=str(project), fix="choose another folder: --project DIR"
         )
+    project.mkdir(parents=True, exist_ok=True)
     target.write_text(_document(config, classes), encoding="utf-8")
     report.save(project / REPORTS / "check")
     return NewProject(target, report, classes)

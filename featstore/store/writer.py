@@ -67,8 +67,6 @@ class StoreWriter:
             files.publish(self.path / MANIFEST, encode_manifest(spec))
             # Another writer may have come first, with another backbone.
             check_writable(self.path, spec)
-        else:
-            files.check_links(self.path)
 
     def commit(self, case_id: str, slices: Sequence[Slice]) -> None:
         """Make rows of one case durable and visible, all or nothing.
@@ -205,11 +203,12 @@ class StoreWriter:
 
 
 def check_writable(path: Path, spec: EmbeddingSpec) -> None:
-    """See, without writing anything, whether embeddings of this make may go into this store.
+    """See, leaving nothing behind, whether embeddings of this make may go into this store.
 
     Raises:
         FingerprintMismatch: The store holds embeddings made otherwise.
-        StoreError: The path is something else than a store or an empty folder, or not writable.
+        StoreError: The path is something else than a store or an empty folder, not writable, or
+            on a file system without hard links.
     """
     found = read_manifest(path)
     if found is not None and found.fingerprint != spec.fingerprint:
@@ -239,6 +238,7 @@ def check_writable(path: Path, spec: EmbeddingSpec) -> None:
                 where=str(path),
                 fix="choose another: --store-path FOLDER",
             )
+    files.check_links(parent)
 
 
 def _strangers(path: Path) -> set[str]:

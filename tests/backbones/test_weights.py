@@ -172,8 +172,7 @@ def test_kimianet_like_file(tmp_path):
     state = {
         f"module.model.0.{k.removeprefix('features.')}": v for k, v in full.features.state_dict().items()
     }
-    named = {f"module.model.0.features.{k.removeprefix('module.model.0.')}": v for k, v in state.items()}
-    torch.save({**named, "module.fc_4.weight": torch.zeros(30, 1024)}, tmp_path / "k.pth")
+    torch.save({**state, "module.fc_4.weight": torch.zeros(30, 1024)}, tmp_path / "k.pth")
     config = BackboneConfig(name="densenet121", weights="k.pth", resize=64)
     backbone = build_backbone(config, tmp_path)
     assert backbone.weights_ignored == ()

@@ -15,8 +15,9 @@ from featstore.config import BackboneConfig
 from featstore.errors import ConfigError, FeatstoreError, FingerprintMismatch, ImageError
 from featstore.extraction import ExtractionReport, extract
 from featstore.extraction.forward import Embedder, choose_compute_dtype
-from featstore.settings import Layers, read_file
+from featstore.settings import Layers
 from featstore.store import Store
+from featstore.strict_yaml import read_file
 from heads.config import Config
 from tests import helpers
 from tests.extraction.conftest import TINY, contents, make_project

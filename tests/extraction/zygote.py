@@ -48,7 +48,8 @@ def main() -> None:
 def _run(job: dict[str, Any]) -> None:
     try:
         from featstore.extraction import extract
-        from featstore.settings import Layers, read_file
+        from featstore.settings import Layers
+        from featstore.strict_yaml import read_file
         from heads.config import Config
 
         project = Path(job["project"])

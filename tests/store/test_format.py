@@ -1,3 +1,5 @@
+import functools
+import hashlib
 import json
 
 import pytest
@@ -69,6 +71,26 @@ def test_record_names(number: int) -> None:
 )
 def test_other_files_are_no_records(name: str) -> None:
     assert record_sequence(name) is None
+
+
+def test_a_later_minor_version_may_add_fields() -> None:
+    record = Record("a", 1, "f" * 32, "now", "me", (Part("p", 1, "0" * 64, (Group("x", "s", 3, "1-3"),)),))
+    body = json.loads(encode_record(record))
+    del body["sha256"]
+    body["format"] = ["featstore", 1, 9]
+    body["views"] = 4
+    body["parts"][0]["codec"] = "none"
+    body["parts"][0]["groups"][0]["views"] = 4
+    assert decode_record(_signed(body), "here") == record
+    body["format"] = ["featstore", 2, 0]
+    with pytest.raises(StoreError, match=r"featstore 1\.x"):
+        decode_record(_signed(body), "here")
+
+
+def _signed(body: dict) -> bytes:
+    canonical = functools.partial(json.dumps, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    digest = hashlib.sha256(canonical(body).encode()).hexdigest()
+    return canonical({**body, "sha256": digest}).encode() + b"\n"
 
 
 def test_the_manifest_comes_back() -> None:
