@@ -1,0 +1,1 @@
+"""Attention heads on bags of cached embeddings."""

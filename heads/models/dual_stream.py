@@ -1,0 +1,189 @@
+"""Dual-stream MIL with soft critical selection: what stands out, and its context."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from featstore.bags import BagBatch
+from featstore.config import Section
+from heads.models.outputs import Attention, HeadOutput
+from heads.models.pooling import (
+    Standardize,
+    segment_index,
+    segment_softmax,
+    weighted_sum,
+    wide,
+)
+
+AttentionType = Literal["gated", "cosine", "dsmil", "abmil"]
+
+
+class DualStreamConfig(Section):
+    """The dual-stream head."""
+
+    use_hidden_layer: bool = Field(True, description="project the features first")
+    hidden_dim: int = Field(256, ge=1, description="width of that layer")
+    attention_dim: int = Field(128, ge=1, description="width of queries, keys and score layer")
+    attention_type: AttentionType = Field("gated", description="gated | cosine | dsmil | abmil")
+    fusion_method: Literal["concat", "weighted", "cross_attn"] = Field(
+        "concat", description="concat | weighted | cross_attn"
+    )
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout in both streams and before the classifier")
+
+
+class DualStream(nn.Module):
+    """Stream 1 selects softly what is critical, stream 2 gathers its context.
+
+    h = Dropout(ReLU(W x + b)), or x. Stream 1: an unbounded score s per instance (an MLP without
+    a sigmoid: a bounded score could never reach the confidence target), selection
+    σ = softmax(s / T), critical feature c = Σ σ h. Stream 2: a = softmax(e), context Σ a h, with e by
+    ``attention_type``: ``gated`` (Wq c · Wk h / √d) × sigmoid(w · Wk h); ``cosine`` cos(c, h);
+    ``dsmil`` Wq c · Wk h / √d; ``abmil`` w · (tanh(V h) × sigmoid(U h)).
+
+    Source: Li, Li and Eliceiri 2021 (DSMIL, arXiv 2011.08939), with their arg max replaced by a
+    softmax of falling temperature; Ilse et al. 2018 for ``abmil``.
+
+    Args:
+        dim: D, the number of features.
+        classes: C.
+        config: Widths, kinds and dropout.
+    """
+
+    def __init__(self, dim: int, classes: int, config: DualStreamConfig) -> None:
+        super().__init__()
+        width, inner = (config.hidden_dim if config.use_hidden_layer else dim), config.attention_dim
+        self.kind = config.attention_type
+        self.standardize = Standardize(dim)
+        self.hidden = nn.Linear(dim, width) if config.use_hidden_layer else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.score = nn.Sequential(
+            nn.Linear(width, inner), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(inner, 1)
+        )
+        if self.kind in ("gated", "dsmil"):
+            self.query, self.key = nn.Linear(width, inner), nn.Linear(width, inner)
+        if self.kind == "gated":
+            self.gate = nn.Linear(inner, 1)
+        if self.kind == "abmil":
+            self.value, self.gate = nn.Linear(width, inner), nn.Linear(width, inner)
+            self.weight = nn.Linear(inner, 1)
+        self.fusion = _FUSIONS[config.fusion_method](width)
+        self.classifier = nn.Linear(2 * width if config.fusion_method == "concat" else width, classes)
+
+    def forward(self, batch: BagBatch, temperature: float = 1.0, **schedule: float) -> HeadOutput:
+        """Classify a batch.
+
+        Args:
+            batch: B cases.
+            temperature: T > 0 of the selection; the lower, the sharper.
+            schedule: Not used.
+
+        Returns:
+            Logits (B, C); attention ``selection`` (stream 1) and ``patch`` (stream 2) over the patches
+            of each case; instance scores (ΣP,).
+        """
+        offsets = batch.case_patch_offsets
+        if self.hidden is None:
+            instances = self.standardize(batch.features)
+        else:
+            instances = torch.relu(self.standardize.project(batch.features, self.hidden))
+        instances = self.dropout(instances)
+        scores = wide(self.score(instances).squeeze(-1))
+        selection = segment_softmax(scores / temperature, offsets)
+        critical = weighted_sum(selection, instances, offsets)
+        logits = self._attention_logits(instances, critical, offsets)
+        weights = segment_softmax(logits, offsets)
+        context = weighted_sum(weights, instances, offsets)
+        return HeadOutput(
+            logits=self.classifier(self.dropout(self.fusion(critical, context))),
+            attention={
+                "selection": Attention(selection, scores / temperature, offsets),
+                "patch": Attention(weights, logits, offsets),
+            },
+            instance_scores=scores,
+        )
+
+    def _attention_logits(
+        self, instances: torch.Tensor, critical: torch.Tensor, offsets: torch.Tensor
+    ) -> torch.Tensor:
+        """(ΣP,) logits of stream 2."""
+        if self.kind == "abmil":
+            hidden = torch.tanh(self.value(instances)) * torch.sigmoid(self.gate(instances))
+            logits: torch.Tensor = self.weight(hidden).squeeze(-1)
+            return wide(logits)
+        case = segment_index(offsets)
+        if self.kind == "cosine":
+            return nn.functional.cosine_similarity(wide(instances), wide(critical)[case], dim=-1)
+        keys = self.key(instances)
+        product: torch.Tensor = (keys * self.query(critical)[case]).sum(-1)
+        product = wide(product) / math.sqrt(keys.shape[-1])
+        if self.kind == "dsmil":
+            return product
+        return product * torch.sigmoid(wide(self.gate(keys).squeeze(-1)))
+
+
+class _Concat(nn.Module):
+    """Both features, one after the other."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+
+    def forward(self, critical: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        return torch.cat((critical, context), dim=-1)
+
+
+class _Weighted(nn.Module):
+    """α · critical + (1 − α) · context with one learned α = sigmoid(θ), 0.5 at the start."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.balance = nn.Parameter(torch.zeros(()))
+
+    def forward(self, critical: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        alpha = torch.sigmoid(self.balance)
+        mixed: torch.Tensor = alpha * critical + (1 - alpha) * context
+        return mixed
+
+
+class _CrossAttention(nn.Module):
+    """The critical feature asks, critical feature and context answer; the answer is added to it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 1, batch_first=True)
+
+    def forward(self, critical: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        streams = torch.stack((critical, context), dim=1)
+        answer, _ = self.attention(critical[:, None], streams, streams, need_weights=False)
+        added: torch.Tensor = critical + answer[:, 0]
+        return added
+
+
+_FUSIONS: dict[str, Callable[[int], nn.Module]] = {
+    "concat": _Concat,
+    "weighted": _Weighted,
+    "cross_attn": _CrossAttention,
+}
+
+
+def temperature_at(epoch: int, epochs: int, start: float, end: float, kind: str = "linear") -> float:
+    """The selection's temperature in an epoch (from 0) of a training of ``epochs``.
+
+    With t = epoch / (epochs − 1): ``linear`` start + (end − start)·t; ``cosine``
+    end + (start − end)·(1 + cos πt)/2; ``exponential`` start·(end/start)^t. Never below the end;
+    with one epoch it is the end.
+    """
+    if epochs <= 1 or epoch >= epochs - 1:
+        return end
+    t = epoch / (epochs - 1)
+    values: dict[str, float] = {
+        "linear": start + (end - start) * t,
+        "cosine": end + (start - end) * (1 + math.cos(math.pi * t)) / 2,
+        "exponential": start * (end / start) ** t,
+    }
+    return max(values[kind], end)

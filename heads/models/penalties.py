@@ -1,0 +1,109 @@
+"""Penalties on attention: entropy, selection confidence, elastic net on the logits.
+
+Each is computed per segment, averaged over a case's segments and then over the cases, so that
+neither many slices nor large ones weigh more. A segment of one member contributes 0.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from heads.models.outputs import Attention
+from heads.models.pooling import segment_index, segment_log_softmax, segment_max, segment_sum
+
+
+def entropy(attention: Attention) -> torch.Tensor:
+    """H = −Σ a·log a of every segment, in nats: (G,)."""
+    # From the logits: where a weight underflows to 0, the derivative of a·log a does not exist.
+    logarithm = segment_log_softmax(attention.logits, attention.offsets)
+    return -segment_sum(torch.exp(logarithm) * logarithm, attention.offsets)
+
+
+def entropy_penalty(
+    attention: Attention,
+    case_of_segment: torch.Tensor,
+    form: Literal["linear", "squared"] = "squared",
+    mode: Literal["max", "min"] = "max",
+    normalize: bool = False,
+) -> torch.Tensor:
+    """What is to be minimised so that attention spreads (``max``) or concentrates (``min``).
+
+    Args:
+        attention: Of one level.
+        case_of_segment: (G,) int64, the case (0 … B − 1) of every segment.
+        form: ``linear``: −H (min: +H); ``squared``: (log N − H)² (min: H²), N the segment's size.
+        mode: Whether high or low entropy is wanted.
+        normalize: Divide H by log N first (then log N is 1).
+
+    Returns:
+        A scalar.
+    """
+    size = attention.offsets.diff()
+    # A segment of one contributes nothing; counted as two, it has no infinite derivative either.
+    largest = torch.log(size.clamp_min(2).to(attention.weights.dtype))
+    h = entropy(attention)
+    if normalize:
+        h, largest = h / largest, torch.ones_like(largest)
+    if form == "linear":
+        each = -h if mode == "max" else h
+    else:
+        each = (largest - h).square() if mode == "max" else h.square()
+    return mean_over_cases(torch.where(size > 1, each, 0.0), case_of_segment)
+
+
+def confidence_penalty(
+    scores: torch.Tensor, offsets: torch.Tensor, case_of_segment: torch.Tensor, target: float | None = 2.0
+) -> torch.Tensor:
+    """What is to be minimised so that the selection's scores spread.
+
+    Args:
+        scores: (N,) unbounded instance scores.
+        offsets: (G + 1,) int64.
+        case_of_segment: (G,) int64.
+        target: (max − min − target)²; with None, linear: −(max − min).
+
+    Returns:
+        A scalar.
+    """
+    spread = segment_max(scores, offsets) + segment_max(-scores, offsets)
+    each = -spread if target is None else (spread - target).square()
+    return mean_over_cases(torch.where(offsets.diff() > 1, each, 0.0), case_of_segment)
+
+
+def elastic_net_penalty(
+    attention: Attention, case_of_segment: torch.Tensor, l1: float = 0.0, l2: float = 0.0
+) -> torch.Tensor:
+    """λ1·‖z‖₁ + λ2·‖z‖₂² of every segment's attention logits z: a scalar."""
+    z = attention.logits
+    each = segment_sum(l1 * z.abs() + l2 * z.square(), attention.offsets)
+    return mean_over_cases(torch.where(attention.offsets.diff() > 1, each, 0.0), case_of_segment)
+
+
+def mean_over_cases(values: torch.Tensor, case_of_segment: torch.Tensor) -> torch.Tensor:
+    """The mean over every case's segments, then over the cases.
+
+    Args:
+        values: (G,).
+        case_of_segment: (G,) int64, ascending, every case at least once.
+    """
+    count = torch.bincount(case_of_segment)
+    offsets = torch.cat((count.new_zeros(1), count.cumsum(0)))
+    return (segment_sum(values, offsets) / count).mean()
+
+
+def cases_of_segments(*offsets: torch.Tensor) -> torch.Tensor:
+    """The case of every segment of a level.
+
+    Args:
+        offsets: The offsets of the levels above, from the level's own parent up to the cases: for
+            slices ``(stain_offsets, case_offsets)``, for stains ``(case_offsets,)``.
+
+    Returns:
+        (G,) int64.
+    """
+    boundaries = offsets[-1]
+    for inner in reversed(offsets[:-1]):
+        boundaries = inner[boundaries]
+    return segment_index(boundaries)

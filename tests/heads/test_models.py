@@ -1,0 +1,328 @@
+"""Both heads against plain NumPy, bag by bag."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from featstore.bags import collate
+from heads.models.dual_stream import DualStream, DualStreamConfig, temperature_at
+from heads.models.hierarchical import Hierarchical, HierarchicalConfig
+from heads.models.outputs import effective_attention
+from heads.models.penalties import (
+    cases_of_segments,
+    confidence_penalty,
+    elastic_net_penalty,
+    entropy_penalty,
+)
+from tests.heads.bags import make_bag, nested
+
+DIM, CLASSES = 6, 3
+
+
+def weights(module: nn.Module) -> dict[str, np.ndarray]:
+    return {name: value.double().numpy() for name, value in module.state_dict().items()}
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    e = np.exp(z - z.max())
+    return e / e.sum()
+
+
+def sigmoid(z: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-z))
+
+
+def bags(count: int = 3, seed: int = 0) -> list:
+    rng = np.random.default_rng(seed)
+    stains = [(0, 1, 2), (1,), (0, 2)]
+    return [make_bag(rng, str(i), stains[i % 3], DIM, label=i % CLASSES) for i in range(count)]
+
+
+def hierarchical(kind: str) -> Hierarchical:
+    torch.manual_seed(0)
+    head = Hierarchical(
+        DIM,
+        CLASSES,
+        HierarchicalConfig(embed_dim=8, attention_hidden=5, attention_pool=kind, dropout=0.0),  # type: ignore[arg-type]
+    )
+    head.standardize.mean.copy_(torch.linspace(-1, 1, DIM))
+    head.standardize.std.copy_(torch.linspace(0.5, 2, DIM))
+    return head.double()
+
+
+def dual_stream(kind: str = "gated", fusion: str = "concat", hidden: bool = True) -> DualStream:
+    torch.manual_seed(0)
+    config = DualStreamConfig(
+        use_hidden_layer=hidden,
+        hidden_dim=8,
+        attention_dim=5,
+        attention_type=kind,
+        fusion_method=fusion,
+        dropout=0.0,  # type: ignore[arg-type]
+    )
+    head = DualStream(DIM, CLASSES, config)
+    head.standardize.mean.copy_(torch.linspace(-1, 1, DIM))
+    head.standardize.std.copy_(torch.linspace(0.5, 2, DIM))
+    return head.double()
+
+
+def pool_in_numpy(w: dict, name: str, members: np.ndarray, gated: bool) -> tuple[np.ndarray, np.ndarray]:
+    hidden = np.tanh(members @ w[f"{name}.value.weight"].T + w[f"{name}.value.bias"])
+    if gated:
+        hidden = hidden * sigmoid(members @ w[f"{name}.gate.weight"].T + w[f"{name}.gate.bias"])
+    a = softmax((hidden @ w[f"{name}.weight.weight"].T + w[f"{name}.weight.bias"])[:, 0])
+    return a @ members, a
+
+
+@pytest.mark.parametrize("kind", ["tanh", "gated"])
+def test_hierarchical_equals_its_formula(kind: str) -> None:
+    head, cases = hierarchical(kind), bags()
+    output = head(collate(cases))
+    w = weights(head)
+    found = {level: [] for level in ("patch", "slice", "stain")}
+    effective = []
+    for i, bag in enumerate(cases):
+        stains, of_case = [], []
+        for slices in nested(bag):
+            members, of_stain = [], []
+            for x in slices:
+                x = (x - w["standardize.mean"]) / w["standardize.std"]
+                h = np.maximum(x @ w["projector.weight"].T + w["projector.bias"], 0)
+                z, a = pool_in_numpy(w, "pools.patch", h, kind == "gated")
+                members.append(z)
+                of_stain.append(a)
+            z, b = pool_in_numpy(w, "pools.slice", np.stack(members), kind == "gated")
+            stains.append(z)
+            of_case.append([weight * a for weight, a in zip(b, of_stain, strict=True)])
+            found["patch"] += list(of_stain)
+            found["slice"].append(b)
+        z, c = pool_in_numpy(w, "pools.stain", np.stack(stains), kind == "gated")
+        found["stain"].append(c)
+        effective += [weight * a for weight, each in zip(c, of_case, strict=True) for a in each]
+        logits = z @ w["classifier.weight"].T + w["classifier.bias"]
+        assert np.allclose(output.logits[i].detach(), logits)
+    for level, arrays in found.items():
+        assert np.allclose(output.attention[level].weights.detach(), np.concatenate(arrays))
+    got = effective_attention(output, collate(cases))
+    assert got is not None
+    assert np.allclose(got.detach(), np.concatenate(effective))
+
+
+@pytest.mark.parametrize("kind", ["gated", "cosine", "dsmil", "abmil"])
+@pytest.mark.parametrize("fusion", ["concat", "weighted"])
+@pytest.mark.parametrize("hidden", [True, False])
+def test_dual_stream_equals_its_formula(kind: str, fusion: str, hidden: bool) -> None:
+    head, cases, temperature = dual_stream(kind, fusion, hidden), bags(), 2.5
+    output = head(collate(cases), temperature=temperature)
+    w = weights(head)
+
+    def linear(name: str, x: np.ndarray) -> np.ndarray:
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    ends = collate(cases).case_patch_offsets.tolist()
+    for i, bag in enumerate(cases):
+        x = (bag.features.astype(np.float64) - w["standardize.mean"]) / w["standardize.std"]
+        h = np.maximum(linear("hidden", x), 0) if hidden else x
+        s = linear("score.3", np.maximum(linear("score.0", h), 0))[:, 0]
+        sigma = softmax(s / temperature)
+        c = sigma @ h
+        if kind == "abmil":
+            e = linear("weight", np.tanh(linear("value", h)) * sigmoid(linear("gate", h)))[:, 0]
+        elif kind == "cosine":
+            e = h @ c / (np.linalg.norm(h, axis=1) * np.linalg.norm(c))
+        else:
+            k = linear("key", h)
+            e = k @ linear("query", c) / np.sqrt(5)
+            if kind == "gated":
+                e = e * sigmoid(linear("gate", k)[:, 0])
+        a = softmax(e)
+        z = a @ h
+        alpha = 0.5
+        fused = np.concatenate((c, z)) if fusion == "concat" else alpha * c + (1 - alpha) * z
+        mine = slice(ends[i], ends[i + 1])
+        assert np.allclose(output.instance_scores[mine].detach(), s)
+        assert np.allclose(output.attention["selection"].weights[mine].detach(), sigma)
+        assert np.allclose(output.attention["patch"].weights[mine].detach(), a)
+        assert np.allclose(output.logits[i].detach(), linear("classifier", fused))
+
+
+HEADS = [
+    *(
+        pytest.param(lambda kind=kind: hierarchical(kind), id=f"hierarchical-{kind}")
+        for kind in ("tanh", "gated")
+    ),
+    *(
+        pytest.param(lambda kind=kind: dual_stream(kind), id=f"dual-{kind}")
+        for kind in ("gated", "cosine", "dsmil", "abmil")
+    ),
+    pytest.param(lambda: dual_stream(fusion="cross_attn"), id="dual-cross"),
+]
+
+
+@pytest.mark.parametrize("make", HEADS)
+def test_attention_sums_to_one_in_every_segment(make) -> None:
+    batch = collate(bags())
+    output = make()(batch)
+    for attention in output.attention.values():
+        sums = torch.zeros(len(attention.offsets) - 1, dtype=torch.float64)
+        for g in range(len(sums)):
+            sums[g] = attention.weights[attention.offsets[g] : attention.offsets[g + 1]].sum()
+        assert torch.allclose(sums, torch.ones_like(sums))
+    effective = effective_attention(output, batch)
+    totals = torch.zeros(3, dtype=torch.float64).index_add(0, batch.patch_to_case, effective)
+    assert torch.allclose(totals, torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("make", HEADS)
+def test_batching_cases_together_changes_nothing(make) -> None:
+    head, cases = make(), bags(5)
+    together = head(collate(cases))
+    alone = [head(collate([bag])) for bag in cases]
+    assert torch.allclose(together.logits, torch.cat([each.logits for each in alone]))
+    for level, attention in together.attention.items():
+        assert torch.allclose(
+            attention.weights, torch.cat([each.attention[level].weights for each in alone])
+        )
+
+
+@pytest.mark.parametrize("make", HEADS)
+def test_permuting_patches_permutes_attention(make) -> None:
+    from dataclasses import replace
+
+    rng, bag = np.random.default_rng(1), bags(1)[0]
+    starts = np.concatenate(([0], np.cumsum(bag.slice_sizes)))
+    order = np.concatenate([rng.permutation(np.arange(a, b)) for a, b in itertools.pairwise(starts)])
+    head = make()
+    plain, moved = head(collate([bag])), head(collate([replace(bag, features=bag.features[order])]))
+    assert torch.allclose(moved.logits, plain.logits)
+    assert torch.allclose(moved.attention["patch"].weights, plain.attention["patch"].weights[order])
+
+
+@pytest.mark.parametrize("make", HEADS)
+def test_gradients_are_right(make) -> None:
+    from dataclasses import replace
+
+    head, batch = make(), collate(bags(2, seed=3))
+
+    def forward(features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        output = head(replace(batch, features=features))
+        return (output.logits, *(attention.weights for attention in output.attention.values()))
+
+    assert torch.autograd.gradcheck(forward, (batch.features.double().requires_grad_(),))
+
+
+def test_scores_are_unbounded_and_selection_sharpens_as_the_temperature_falls() -> None:
+    head, batch = dual_stream(), collate(bags())
+    with torch.no_grad():
+        head.score[3].weight.mul_(50)
+    scores = head(batch).instance_scores
+    assert scores.max() - scores.min() > 2.0
+    effective = []
+    for temperature in (10.0, 3.0, 1.0):
+        sigma = head(batch, temperature=temperature).attention["selection"].weights.detach()
+        effective.append(float(torch.exp(-(torch.special.xlogy(sigma, sigma)).sum() / 3)))
+    assert effective[0] > effective[1] > effective[2]
+
+
+def test_temperatures() -> None:
+    for kind in ("linear", "cosine", "exponential"):
+        values = [temperature_at(e, 5, 10.0, 1.0, kind) for e in range(7)]
+        assert values[0] == pytest.approx(10.0)
+        assert values[4:] == [1.0, 1.0, 1.0]
+        assert all(a > b for a, b in itertools.pairwise(values[:5]))
+    assert temperature_at(2, 5, 10.0, 1.0, "linear") == pytest.approx(5.5)
+    assert temperature_at(2, 5, 10.0, 1.0, "cosine") == pytest.approx(5.5)
+    assert temperature_at(2, 5, 10.0, 1.0, "exponential") == pytest.approx(10**0.5)
+    assert temperature_at(0, 1, 10.0, 1.0) == 1.0
+
+
+def log(a: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(a, 1e-300))
+
+
+@pytest.mark.parametrize("form", ["linear", "squared"])
+@pytest.mark.parametrize("mode", ["max", "min"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_entropy_penalty_equals_its_formula(form: str, mode: str, normalize: bool) -> None:
+    head, cases = hierarchical("tanh"), bags()
+    batch = collate(cases)
+    output = head(batch)
+    levels = {
+        "patch": cases_of_segments(batch.stain_offsets, batch.case_offsets),
+        "slice": cases_of_segments(batch.case_offsets),
+        "stain": torch.arange(len(cases)),
+    }
+    for level, case_of_segment in levels.items():
+        attention = output.attention[level]
+        values: dict[int, list[float]] = {}
+        for g, case in enumerate(case_of_segment.tolist()):
+            a = attention.weights[attention.offsets[g] : attention.offsets[g + 1]].detach().numpy()
+            h, largest = -(a * log(a)).sum(), np.log(len(a))
+            if len(a) == 1:
+                values.setdefault(case, []).append(0.0)
+                continue
+            if normalize:
+                h, largest = h / largest, 1.0
+            if form == "linear":
+                value = -h if mode == "max" else h
+            else:
+                value = (largest - h) ** 2 if mode == "max" else h**2
+            values.setdefault(case, []).append(value)
+        want = np.mean([np.mean(each) for each in values.values()])
+        got = entropy_penalty(attention, case_of_segment, form, mode, normalize)  # type: ignore[arg-type]
+        assert got.item() == pytest.approx(want)
+
+
+def test_the_other_penalties_equal_their_formulas() -> None:
+    head, cases = dual_stream(), bags()
+    batch = collate(cases)
+    output = head(batch)
+    attention, case = output.attention["patch"], torch.arange(len(cases))
+    ends = batch.case_patch_offsets.tolist()
+    spreads, nets = [], []
+    for a, b in itertools.pairwise(ends):
+        s, z = output.instance_scores[a:b].detach().numpy(), attention.logits[a:b].detach().numpy()
+        spreads.append(s.max() - s.min())
+        nets.append(0.3 * np.abs(z).sum() + 0.7 * (z**2).sum())
+    offsets = batch.case_patch_offsets
+    got = confidence_penalty(output.instance_scores, offsets, case, target=2.0)
+    assert got.item() == pytest.approx(np.mean([(spread - 2) ** 2 for spread in spreads]))
+    got = confidence_penalty(output.instance_scores, offsets, case, target=None)
+    assert got.item() == pytest.approx(-np.mean(spreads))
+    assert elastic_net_penalty(attention, case, 0.3, 0.7).item() == pytest.approx(np.mean(nets))
+
+
+def test_penalties_have_finite_gradients_where_attention_vanishes_or_stands_alone() -> None:
+    from heads.models.outputs import Attention
+    from heads.models.pooling import segment_softmax
+
+    logits = torch.tensor([0.0, 900.0, 5.0], requires_grad=True)
+    offsets = torch.tensor([0, 2, 3])
+    attention = Attention(segment_softmax(logits, offsets), logits, offsets)
+    total = sum(
+        entropy_penalty(attention, torch.tensor([0, 1]), form, mode, normalize)
+        for form in ("linear", "squared")
+        for mode in ("max", "min")
+        for normalize in (True, False)
+    )
+    (total + elastic_net_penalty(attention, torch.tensor([0, 1]), 1, 1)).backward()
+    assert torch.isfinite(logits.grad).all()
+    assert logits.grad[2] == 0
+
+
+@pytest.mark.parametrize("make", HEADS)
+def test_half_precision_features_and_autocast_work(make) -> None:
+    from dataclasses import replace
+
+    head, batch = make().float(), collate(bags())
+    plain = head(batch).logits
+    assert torch.allclose(head(replace(batch, features=batch.features.half())).logits, plain, atol=2e-2)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = head(batch)
+    assert torch.allclose(low.logits.float(), plain, atol=0.1)
+    assert low.attention["patch"].weights.dtype == torch.float32
