@@ -89,6 +89,15 @@ def info(call: Call[Config]) -> None:
     call.show(summary.to_text(), summary.to_json())
 
 
+@command((*COHORT, "split"))
+def split(call: Call[Config]) -> None:
+    """Split the cases: stratified, groups together, into files that trainings share."""
+    from featstore.project import split_project
+
+    written = split_project(call.config, call.project)
+    call.show(written.to_text(), written.to_json())
+
+
 @command((*COHORT, "backbone", "extract"), presets=_gpu)
 def bench(
     call: Call[Config],

@@ -137,6 +137,19 @@ class ExtractConfig(Section):
     )
 
 
+class SplitConfig(Section):
+    """How the cases are split into training, validation and test."""
+
+    folds: int | None = Field(
+        None,
+        ge=3,
+        le=100,
+        description="K folds: test = fold k, validation = fold k + 1; else one 60/20/20 split",
+    )
+    seed: int = Field(42, ge=0, lt=2**32, description="seed of the shuffling")
+    path: str = Field("splits", description="folder of the split files", json_schema_extra=PATH)
+
+
 class FeatstoreConfig(Section):
     """The sections that `featstore/` reads."""
 
@@ -156,3 +169,4 @@ class FeatstoreConfig(Section):
     store: StoreConfig = StoreConfig()
     backbone: BackboneConfig = BackboneConfig()
     extract: ExtractConfig = ExtractConfig()
+    split: SplitConfig = SplitConfig()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from featstore.cohort import (
     read_labels,
     scan,
 )
+from featstore.cohort.splits import Split, make_splits, write_splits
 from featstore.cohort.tables import write_csv
 from featstore.config import FeatstoreConfig
 from featstore.errors import ConfigError
@@ -163,6 +165,71 @@ def extract_project(
     report = extract(config, project, observe, checked)
     _save_extraction(report, project / REPORTS / "extract")
     return report
+
+
+@dataclass(frozen=True)
+class WrittenSplits:
+    """Splits that have just been written.
+
+    Attributes:
+        paths: One file a split.
+        splits: Their case ids.
+        class_names: In the config's order.
+        labels: Class index of every case.
+    """
+
+    paths: list[Path]
+    splits: list[Split]
+    class_names: list[str]
+    labels: dict[str, int]
+
+    def to_text(self) -> str:
+        """One line a split: cases by part and class."""
+        lines = [f"{len(self.paths)} split{'s' * (len(self.paths) > 1)} in {self.paths[0].parent}"]
+        for path, split in zip(self.paths, self.splits, strict=True):
+            parts = []
+            for name, cases in split.parts().items():
+                count = Counter(self.class_names[self.labels[case]] for case in cases)
+                detail = ", ".join(f"{count[c]} {c}" for c in self.class_names)
+                parts.append(f"{name.removesuffix('_cases')} {len(cases)} ({detail})")
+            lines.append(f"  {path.name}  {'  '.join(parts)}")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON types."""
+        return {
+            "splits": [
+                {"path": str(path), **{name: list(ids) for name, ids in split.parts().items()}}
+                for path, split in zip(self.paths, self.splits, strict=True)
+            ]
+        }
+
+
+def split_project(config: FeatstoreConfig, project: Path) -> WrittenSplits:
+    """Split the cases that have a label and patches, and write the files.
+
+    Args:
+        config: The project's settings.
+        project: The folder that relative paths start from.
+
+    Raises:
+        FeatstoreError: The patches or labels cannot be used, a class is too small, or there are
+            splits already.
+    """
+    labels = _labels(config, project)
+    if labels is None:
+        raise ConfigError(
+            "there are no labels to split by",
+            expected="a CSV of cases and classes",
+            where="labels.file",
+            fix="name it: --labels labels.csv",
+        )
+    groups = read_groups(config.groups, project, config.patches.normalize_cases)
+    cases = set(_scan(config, project).table["case_id"].cat.categories)
+    known = {case: index for case, index in labels.by_case.items() if case in cases}
+    splits = make_splits(known, groups, config.split.folds, config.split.seed, labels.class_names)
+    paths = write_splits(splits, project / config.split.path)
+    return WrittenSplits(paths, splits, labels.class_names, known)
 
 
 def _scan(config: FeatstoreConfig, project: Path) -> Scan:

@@ -14,7 +14,7 @@ from featstore.settings import Layers, leaves
 from featstore.strict_yaml import parse, read_file
 from heads.config import Config
 from tests import helpers
-from tests.command_line import TINY_FLAGS, answer, featstore, refused, succeeded
+from tests.command_line import TINY_FLAGS, answer, featstore, make_project, refused, succeeded
 
 
 def test_init_writes_every_setting_with_its_meaning(tmp_path: Path) -> None:
@@ -104,3 +104,16 @@ def test_what_init_writes_is_read_back(values: dict[str, Any]) -> None:
     layers = Layers()
     layers.add(Config, parse(document, "featstore.yaml"), "featstore.yaml")
     assert layers.build(Config) == config
+
+
+def test_split_writes_files_that_hold_every_labelled_case(tmp_path: Path) -> None:
+    project = make_project(tmp_path, {"labels": {"file": "labels.csv"}}, cases=12, patches=1, slices=1)
+    helpers.write_labels(project, {str(i): str(i % 2) for i in range(1, 14)})  # case 13 has no patches
+    shown = answer(project, "split", "--folds", "3")["splits"]
+    assert [Path(split["path"]).name for split in shown] == [f"data_splits_0{k}.npz" for k in (1, 2, 3)]
+    for split in shown:
+        cases = split["train_cases"] + split["val_cases"] + split["test_cases"]
+        assert sorted(cases, key=int) == [str(i) for i in range(1, 13)]
+    refused(project, "split", says=("already",))
+    refused(project, "split", "--split-path", "other", "--folds", "7", says=("class 0 has 6 cases",))
+    assert not (project / "other").exists()
