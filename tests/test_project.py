@@ -104,3 +104,15 @@ def test_what_init_writes_is_read_back(values: dict[str, Any]) -> None:
     layers = Layers()
     layers.add(Config, parse(document, "featstore.yaml"), "featstore.yaml")
     assert layers.build(Config) == config
+
+
+def test_labels_of_another_cohort_are_an_error(tmp_path: Path) -> None:
+    helpers.make_cohort(tmp_path / "patches", cases=2, patches=1, slices=1)
+    helpers.write_labels(tmp_path, {"777": "1", "888": "3"})
+    message = refused(tmp_path, "init", "patches", "--labels", "labels.csv", says=("no case has both",))
+    assert "777, 888" in message
+
+
+def test_a_section_is_no_setting(tmp_path: Path) -> None:
+    (tmp_path / "featstore.yaml").write_text("")
+    refused(tmp_path, "check", "--set", "backbone=3", says=("'backbone' is a section", "backbone.name"))

@@ -82,7 +82,7 @@ class ExtractionReport:
             lines.append(f"{len(self.weights_ignored)} keys of the weights file were not used: {shown}")
         lines += [f"{count:,} patches converted: {how}" for how, count in progress.converted.most_common()]
         if self.skipped:
-            lines.append(f"{len(self.skipped):,} files skipped, listed in the report:")
+            lines.append(f"{len(self.skipped):,} files skipped, all listed in reports/extract/:")
             lines += [f"  {path}: {reason}" for path, reason in self.skipped[:5]]
         if self.pruned:
             lines.append(f"{self.pruned:,} embeddings of vanished patches dropped")
