@@ -133,7 +133,7 @@ class ExtractConfig(Section):
     prune: bool = Field(False, description="drop embeddings whose PNG has vanished")
     part_mb: int = Field(256, ge=1, description="a part file is closed at about this size")
     part_seconds: float = Field(
-        60.0, gt=0, description="a part file is closed when its case has been in work this long"
+        60.0, gt=0, description="a part file is closed at the first patch after this long"
     )
 
 

@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
+_CONTROLS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # C0 but for the newline, DEL, and C1
+
+
+def escape_controls(text: str) -> str:
+    """The text with control characters spelt out (`\\x1b`), newlines excepted.
+
+    Names of files and cells of tables come from others: printed raw, an escape sequence in
+    them could recolour, overwrite or retitle the reader's terminal.
+    """
+    return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
 
 class FeatstoreError(Exception):
     """A problem that the user can mend; shown as a message, never as a traceback.
@@ -31,7 +44,7 @@ class FeatstoreError(Exception):
         for label, text in (("expected", self.expected), ("where", self.where), ("to do", self.fix)):
             if text:
                 parts.append(f"  {label}: {text}")
-        return "\n".join(parts)
+        return escape_controls("\n".join(parts))
 
 
 class ConfigError(FeatstoreError):

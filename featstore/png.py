@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import struct
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -36,6 +39,10 @@ _KINDS = (
     (b"version https://git-lfs", "a Git LFS pointer (its content was never fetched)"),
     (b"\x89PNG", "a PNG whose line ends a text-mode transfer changed"),
 )
+_SIZE_ALLOWANCE = 64 << 20  # bytes; metadata (profiles, thumbnails, text) have no limit of their own
+_BYTES_PER_PIXEL = 8  # the most that PNG has: four samples of 16 bits
+# A few hundred kilobytes can inflate to gigabytes: as much goes in, and comes out, in one step.
+_STEP_IN, _STEP_OUT = 1 << 16, 1 << 20
 _REPAIR = "copy the file again from its source, or remove it; images.on_bad_image: skip leaves it out"
 
 
@@ -109,10 +116,17 @@ def check_header(path: Path, name: str, max_pixels: int) -> PngHeader:
     """`read_header` of a file, of which 64 bytes are read whatever its size.
 
     Raises:
-        ImageError: As `read_header`; also if the file cannot be opened.
+        ImageError: As `read_header`; also if the file cannot be opened or is no regular file.
     """
     try:
-        with path.open("rb", buffering=0) as file:
+        with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ImageError(
+                    f"{name} is not a regular file (a pipe or a device?)",
+                    expected="a PNG file",
+                    where=str(path),
+                    fix="remove it from the folder of patches",
+                )
             return read_header(file.read(64), name, max_pixels)
     except OSError as error:
         raise ImageError(
@@ -121,6 +135,33 @@ def check_header(path: Path, name: str, max_pixels: int) -> PngHeader:
             where=str(path),
             fix="has it been moved, or is its disk not mounted? check its permissions",
         ) from error
+
+
+def check_size(size: int, max_pixels: int, name: str) -> None:
+    """Refuses a file too big to be a patch, before it is read into memory.
+
+    Args:
+        size: Of the file in bytes.
+        max_pixels: Larger images (width × height) are refused anyway.
+        name: Named in errors.
+
+    Raises:
+        ImageError: More than 64 MiB and 8 bytes a pixel.
+    """
+    limit = _SIZE_ALLOWANCE + _BYTES_PER_PIXEL * max_pixels
+    if size > limit:
+        most = f"64 MiB, and {_BYTES_PER_PIXEL} for each of {max_pixels:,} pixels"
+        raise ImageError(
+            f"{name} has {size:,} bytes",
+            expected=f"at most {limit:,} bytes ({most})",
+            where=name,
+            fix="save it again without its metadata; if it is meant to be that large, raise --max-pixels",
+        )
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens without waiting: a pipe that nobody writes to would hold the opener for ever."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 @dataclass(frozen=True)
@@ -197,13 +238,30 @@ def check_length(header: PngHeader, chunks: Chunks, name: str) -> None:
         width, height = -((x0 - header.width) // dx), -((y0 - header.height) // dy)
         if width > 0 and height > 0:
             expected += height * (1 + (width * SAMPLES[header.color_type] * header.bit_depth + 7) // 8)
-    inflater = zlib.decompressobj()
     try:
-        found = sum(len(inflater.decompress(chunk[8:-4])) for chunk in chunks.pixel_data)
+        found = _inflated_length(chunks.pixel_data, expected)
     except zlib.error as error:
         refuse(name, f"the pixel data cannot be decoded ({error})")
     if found < expected:
         refuse(name, f"the pixel data end early: {found:,} of {expected:,} bytes")
+
+
+def _inflated_length(pixel_data: Iterable[bytes], enough: int) -> int:
+    """How many bytes the IDAT chunks inflate to, counted until there are more than enough."""
+    inflater = zlib.decompressobj()
+    found = 0
+    for chunk in pixel_data:
+        body = memoryview(chunk)[8:-4]
+        for start in range(0, len(body), _STEP_IN):
+            rest: bytes | memoryview = body[start : start + _STEP_IN]
+            full = True
+            while rest or full:  # a full step may have left output behind with no input to show for it
+                piece = inflater.decompress(rest, _STEP_OUT)
+                found += len(piece)
+                if inflater.eof or found > enough:
+                    return found
+                rest, full = inflater.unconsumed_tail, len(piece) == _STEP_OUT
+    return found
 
 
 def _passes(interlaced: bool) -> tuple[tuple[int, int, int, int], ...]:

@@ -23,7 +23,7 @@ from featstore.cohort import (
 from featstore.cohort.splits import Split, make_splits, write_splits
 from featstore.cohort.tables import write_csv
 from featstore.config import FeatstoreConfig
-from featstore.errors import ConfigError
+from featstore.errors import CohortError, ConfigError
 from featstore.extraction import ExtractionReport, Plan, Progress, extract
 from featstore.settings import PROJECT_FILE, Leaf, leaves
 from featstore.store import Store
@@ -96,9 +96,10 @@ def init_project(config: FeatstoreConfig, project: Path, patches: Path, force: b
     if values["labels"]["file"] is not None and not (project / values["labels"]["file"]).is_file():
         values["labels"]["file"] = os.path.abspath(values["labels"]["file"])
     config = type(config).model_validate(values)
-    report = check_project(config, project, None)
     labels = _labels(config, project)
     classes = {} if config.classes or labels is None else {_class_name(n): [n] for n in labels.class_names}
+    named = config.model_copy(update={"classes": classes}) if classes else config
+    report = check_project(named, project, None)
     there = next(folder for folder in (project, *project.absolute().parents) if folder.exists())
     if not os.access(there, os.W_OK):
         raise ConfigError(
@@ -119,7 +120,7 @@ def check_project(
         config: The project's settings.
         project: The folder that relative paths start from.
         caps: Limits of training whose effect is told; None for none.
-        sample: Patches a stain that are decoded.
+        sample: Patches that are decoded, spread over the stains.
         found: The patch table, if it has been read already.
 
     Raises:
@@ -128,6 +129,8 @@ def check_project(
     found = found or _scan(config, project)
     labels = _labels(config, project)
     groups = read_groups(config.groups, project, config.patches.normalize_cases)
+    if labels is not None and not set(found.table["case_id"].cat.categories) & labels.known:
+        raise _strangers_to_each_other(found, labels)
     path = project / config.store.path
     quality = Store.open(path).table() if read_manifest(path) is not None else None
     return check_cohort(found, labels, groups, config.images, caps=caps, quality=quality, sample=sample)
@@ -230,6 +233,18 @@ def split_project(config: FeatstoreConfig, project: Path) -> WrittenSplits:
     splits = make_splits(known, groups, config.split.folds, config.split.seed, labels.class_names)
     paths = write_splits(splits, project / config.split.path)
     return WrittenSplits(paths, splits, labels.class_names, known)
+
+
+def _strangers_to_each_other(found: Scan, labels: Labels) -> CohortError:
+    patches, table = (
+        ", ".join(list(ids)[:5]) for ids in (found.table["case_id"].cat.categories, labels.known)
+    )
+    return CohortError(
+        "no case has both patches and a label",
+        expected="the same case ids in file names and labels",
+        where=f"file names have {patches}, …; labels.file has {table}, …",
+        fix="check labels.case_column, patches.pattern and whether this is the right table",
+    )
 
 
 def _scan(config: FeatstoreConfig, project: Path) -> Scan:

@@ -153,6 +153,14 @@ class Layers:
 def unknown_key(model: type[BaseModel], path: str, origin: str) -> ConfigError:
     """The error for a key that does not exist, with the nearest one that does."""
     known = [leaf.path for leaf in leaves(model)]
+    if path in {leaf.section for leaf in leaves(model)}:
+        keys = [leaf.path for leaf in leaves(model) if leaf.section == path]
+        return ConfigError(
+            f"{path!r} is a section, not a setting",
+            expected=f"one of {', '.join(keys)}",
+            where=origin,
+            fix=f"write {keys[0]}",
+        )
     if path in known:  # written as one key, `patches.folder: x`
         section, _, key = path.partition(".")
         return ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from featstore.errors import StoreError
@@ -57,8 +57,14 @@ class EmbeddingSpec:
 
     @property
     def fingerprint(self) -> str:
-        """The first 32 hexadecimal digits of the sha256 of the canonical JSON form."""
-        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        """The first 32 hexadecimal digits of the sha256 of the canonical JSON form.
+
+        A field that a later version adds has a default, which stands for what was the case before
+        it; at its default it is left out, so that older stores keep their fingerprint.
+        """
+        kept = {f.name: f.default for f in fields(self)}
+        body = {k: v for k, v in self.to_json().items() if kept[k] is MISSING or v != kept[k]}
+        text = json.dumps(body, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def to_json(self) -> dict[str, Any]:
@@ -70,16 +76,18 @@ class EmbeddingSpec:
         """The inverse of `to_json`.
 
         Raises:
-            StoreError: A field is missing or unknown.
+            StoreError: A field is missing, or one is unknown and says something.
         """
-        names = {f.name for f in fields(cls)}
-        if set(data) != names:
+        needed = {f.name for f in fields(cls) if f.default is MISSING}
+        unknown = {name for name in set(data) - {f.name for f in fields(cls)} if data[name] is not None}
+        if unknown or not needed <= set(data):
             raise StoreError(
                 f"the embedding description has the fields {sorted(data)}",
-                expected=f"{sorted(names)}",
+                expected=f"{sorted(needed)}",
                 where=where,
                 fix="read it with the featstore version that wrote it",
             )
+        data = {name: data[name] for name in data if name in {f.name for f in fields(cls)}}
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         return cls(**values)
 

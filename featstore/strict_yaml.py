@@ -34,7 +34,10 @@ def read_file(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise ConfigError(
-            f"the config cannot be read ({reason})", where=str(path), fix="make one with `featstore init`"
+            f"the config cannot be read ({reason})",
+            expected="a YAML file in UTF-8",
+            where=str(path),
+            fix="check the path; `featstore init` makes a featstore.yaml",
         ) from error
     data = parse(text, str(path))
     if data is None:

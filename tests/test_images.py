@@ -1,9 +1,11 @@
 """Every kind of PNG, every kind of damage, against an independent reading of the format."""
 
 import io
+import os
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -15,7 +17,15 @@ from PIL import Image, PngImagePlugin
 from torchvision.transforms import v2
 
 from featstore.errors import ConfigError, ImageError
-from featstore.images import check_header, decode, prepare, read_header, resize, resize_and_crop
+from featstore.images import (
+    check_header,
+    check_size,
+    decode,
+    prepare,
+    read_header,
+    resize,
+    resize_and_crop,
+)
 
 ROOM = 10**8
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -214,6 +224,54 @@ def test_pixel_data_that_end_early_with_every_checksum_right(interlaced, size):
 def _idat(data):
     start = data.index(b"IDAT")
     return data[start + 4 : start + 4 + int.from_bytes(data[start - 4 : start], "big")]
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("pieces", [1, 50])
+def test_a_bomb_is_never_inflated(interlaced, pieces):
+    """Black pixels, and after them 200 MB that the header knows nothing of."""
+    packer = zlib.compressobj()
+    body = b"".join(packer.compress(bytes(10**7)) for _ in range(20)) + packer.flush()
+    header = struct.pack(">IIBBBBB", 64, 64, 8, 2, 0, 0, interlaced)
+    step = -(-len(body) // pieces)
+    parts = [chunk(b"IDAT", body[i : i + step]) for i in range(0, len(body), step)]
+    data = SIGNATURE + b"".join([chunk(b"IHDR", header), *parts, chunk(b"IEND", b"")])
+    tracemalloc.start()
+    try:
+        found = read(data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert not found.pixels.any()
+    assert peak < 8e6
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+@pytest.mark.parametrize("level", [0, 9])
+def test_black_pixels_longer_than_one_step_of_inflation(missing, level):
+    """Whole steps of 1 MiB included, at whose end zlib may hold output back."""
+    for width, height in ((1023, 1024), (1100, 2000), (2**21 - 1, 1), (2**20 - 1, 2)):
+        raw = bytes((width + 1) * height - missing)
+        body = chunk(b"IDAT", zlib.compress(raw, level)) + chunk(b"IEND", b"")
+        data = SIGNATURE + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)) + body
+        if missing:
+            with pytest.raises(ImageError, match="end early|truncated"):
+                read(data)
+        else:
+            assert read(data).pixels.shape == (height, width, 3)
+
+
+def test_a_file_too_big_to_be_a_patch():
+    check_size((64 << 20) + 800, 100, "a.png")
+    with pytest.raises(ImageError, match=r"a\.png has 67,109,665 bytes") as caught:
+        check_size((64 << 20) + 801, 100, "a.png")
+    assert "at most 67,109,664 bytes" in str(caught.value)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ImageError, match=r"a\.png is not a regular file"):
+        check_header(tmp_path / "a.png", "a.png", ROOM)
 
 
 def test_a_black_last_row_is_fine():

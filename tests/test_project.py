@@ -117,3 +117,15 @@ def test_split_writes_files_that_hold_every_labelled_case(tmp_path: Path) -> Non
     refused(project, "split", says=("already",))
     refused(project, "split", "--split-path", "other", "--folds", "7", says=("class 0 has 6 cases",))
     assert not (project / "other").exists()
+
+
+def test_labels_of_another_cohort_are_an_error(tmp_path: Path) -> None:
+    helpers.make_cohort(tmp_path / "patches", cases=2, patches=1, slices=1)
+    helpers.write_labels(tmp_path, {"777": "1", "888": "3"})
+    message = refused(tmp_path, "init", "patches", "--labels", "labels.csv", says=("no case has both",))
+    assert "777, 888" in message
+
+
+def test_a_section_is_no_setting(tmp_path: Path) -> None:
+    (tmp_path / "featstore.yaml").write_text("")
+    refused(tmp_path, "check", "--set", "backbone=3", says=("'backbone' is a section", "backbone.name"))

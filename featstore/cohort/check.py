@@ -55,7 +55,7 @@ def check_cohort(
         caps: What training is going to draw, or None.
         quality: Stored quality columns, one row a patch (`width, height, mean_red, mean_green,
             mean_blue, entropy, tissue_fraction, sharpness`; any may be missing), or None.
-        sample: About how many patches to decode, spread evenly over the stains.
+        sample: About how many patches to decode in all, spread evenly over the stains.
         seed: Decides which.
 
     Returns:
@@ -106,6 +106,7 @@ def _found(scan: Scan, labels: Labels | None) -> Json:
         },
         "ignored": {printable(suffix): count for suffix, count in scan.ignored.items()},
         "links_skipped": [printable(path) for path in scan.links_skipped],
+        "broken_links": [printable(path) for path in scan.broken_links],
         "geometry": {
             "rows_without_patch": scan.geometry_unmatched,
             "patches_without_row": scan.geometry_missing,
@@ -141,7 +142,7 @@ def _sample(
     scan: Scan, images: ImagesConfig, count: int, seed: int
 ) -> tuple[dict[str, list[Rgb]], list[str], np.ndarray[Any, np.dtype[np.float64]]]:
     """Decoded patches by stain, failures, and (n, 2) width and height from the headers."""
-    from featstore.images import decode, read_header
+    from featstore.images import check_header, check_size, decode
 
     random = np.random.default_rng(seed)
     codes = scan.table["stain"].cat.codes.to_numpy()
@@ -155,14 +156,17 @@ def _sample(
         decoded[stain] = []
         for path in scan.table["path"].iloc[np.sort(chosen)]:
             try:
-                data = (scan.folder / path).read_bytes()
-                header = read_header(data, path, images.max_pixels)
+                file = scan.folder / path
+                header = check_header(file, path, images.max_pixels)
                 sizes.append((header.width, header.height))
+                check_size(file.stat().st_size, images.max_pixels, path)
+                data = file.read_bytes()
                 pixels = decode(data, path, images.channel_order, images.max_pixels).pixels
             except OSError as error:
-                failed.append(f"{path}: {error.strerror or error}")
+                failed.append(printable(f"{path}: {error.strerror or error}"))
             except FeatstoreError as error:
-                failed.append(f"{path}: {error.found}" if path not in error.found else error.found)
+                found = error.found if path in error.found else f"{path}: {error.found}"
+                failed.append(printable(found))
             else:
                 step = -(-max(pixels.shape[:2]) // _SCORED_SIDE)
                 decoded[stain].append(np.ascontiguousarray(pixels[::step, ::step]))
@@ -213,6 +217,7 @@ def _warnings(data: Json, verdicts: Mapping[str, ColorVerdict], images: ImagesCo
         ("case ids spelt in several ways", [" = ".join(found) for found in merged.values()]),
         ("cases that lack a stain", data["missing_stains"]),
         ("links not followed", data["links_skipped"]),
+        ("links that lead nowhere", data["broken_links"]),
         ("sampled files that cannot be decoded", sample["failures"]),
     )
     counted = (

@@ -32,6 +32,11 @@ class Labels:
     normalized: dict[str, dict[str, str]] = field(default_factory=dict)
     repeated: list[str] = field(default_factory=list)
 
+    @property
+    def known(self) -> set[str]:
+        """All cases in the table, those of unmapped classes too."""
+        return {*self.by_case, *self.unmapped}
+
 
 def read_labels(
     labels: LabelsConfig, classes: Mapping[str, Sequence[str]], base: Path, normalize_cases: bool

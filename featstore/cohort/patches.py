@@ -29,7 +29,8 @@ class Scan:
         table: One row a patch: `case_id, stain, slice_id` (ordered categoricals), `patch`
             (int64), `path` (POSIX, relative to `folder`), and geometry where known.
         folder: The folder scanned.
-        unparsed: Files whose names could not be read (with `on_unparsed: skip`).
+        unparsed: Files whose names could not be read, and pipes, sockets and devices named like
+            patches (with `on_unparsed: skip`).
         normalized: Kind of id → as found → as used.
         merged: Kind of id → as used → the several spellings found (`38` and `038`).
         ignored: Suffix (or `hidden`, `litter folder`) → number of entries passed over.
@@ -37,6 +38,7 @@ class Scan:
         excluded_patches: How many patches they took out.
         unknown_exclusions: Exclusions, as given, that matched no patch.
         links_skipped: Links to folders already scanned, and broken links.
+        broken_links: Those of them that lead nowhere: no target, or a chain of links without end.
         geometry_unmatched: Rows of the geometry CSV that match no patch.
         geometry_missing: Patches without a row there.
     """
@@ -51,6 +53,7 @@ class Scan:
     excluded_patches: int = 0
     unknown_exclusions: list[str] = field(default_factory=list)
     links_skipped: list[str] = field(default_factory=list)
+    broken_links: list[str] = field(default_factory=list)
     geometry_unmatched: int = 0
     geometry_missing: int = 0
 
@@ -80,14 +83,15 @@ def scan(
         ConfigError: The pattern or the stains are not usable.
     """
     found = walk(folder)
-    if not found.paths:
+    if not found.paths and not found.not_files:
         raise _no_patches(folder, found.ignored)
-    result = build_table(found.paths, patches, stains, exclude, base=base)
+    result = build_table(found.paths, patches, stains, exclude, base=base, not_files=found.not_files)
     return replace(
         result,
         folder=folder,
         ignored=dict(sorted(found.ignored.items())),
         links_skipped=sorted(found.links_skipped),
+        broken_links=sorted(found.broken_links),
     )
 
 
@@ -98,6 +102,7 @@ def build_table(
     exclude: Iterable[str] = (),
     *,
     base: Path | None = None,
+    not_files: Iterable[str] = (),
 ) -> Scan:
     """Read names into a patch table, without touching any file but the geometry's.
 
@@ -107,6 +112,7 @@ def build_table(
         stains: As for `scan`.
         exclude: As for `scan`.
         base: As for `scan`.
+        not_files: Paths named like PNG files that are none; they count as unparsed.
 
     Returns:
         As `scan`, with an empty `folder`.
@@ -121,6 +127,7 @@ def build_table(
         )
     for path in paths:
         reader.add(path)
+    reader.refuse(not_files, "not a regular file")
     if not reader.paths and not reader.unparsed:
         raise _no_patches(Path(), Counter())
     if reader.unparsed and (patches.on_unparsed == "stop" or not reader.paths):

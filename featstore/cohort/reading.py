@@ -89,7 +89,7 @@ class Reader:
 
     def add(self, path: str) -> None:
         """Read one path: either a row is added or `unparsed` grows."""
-        if not path.isascii() and printable(path) != path:
+        if not path.isascii() and path.encode("utf-8", "replace").decode("utf-8") != path:
             reason: str | None = "path is not valid UTF-8"
         else:
             reason = self._by_pattern(path) if self._pattern else self._by_grammar(path)
@@ -97,6 +97,10 @@ class Reader:
             self.paths.append(path)
         else:
             self.unparsed.append(Unparsed(printable(path), reason))
+
+    def refuse(self, paths: Iterable[str], reason: str) -> None:
+        """Let `unparsed` grow by paths that are out whatever their names."""
+        self.unparsed.extend(Unparsed(printable(path), reason) for path in paths)
 
     def _by_grammar(self, path: str) -> str | None:
         stem, mark, digits = path[path.rfind("/") + 1 : -4].rpartition("_patch")

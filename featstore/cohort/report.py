@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+import os
+import uuid
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featstore.cohort.tables import printable, write_csv
+from featstore.errors import escape_controls
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -59,28 +63,40 @@ class CohortReport:
             _titled("Unused in training", _caps_lines(data)),
             _titled("Warnings", [f"! {text}" for text in self.warnings]) or "No warnings.",
         ]
-        return "\n\n".join(part for part in parts if part) + "\n"
+        return escape_controls("\n\n".join(part for part in parts if part) + "\n")
 
     def save(self, folder: Path) -> None:
         """Write report.json, report.txt, contact_sheet.png and, if there are any, unparsed.csv.
+
+        Each file appears whole or not at all, so that several processes may save at a time.
 
         Args:
             folder: Created if need be; an earlier report in it is replaced.
         """
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
-        (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-        (folder / "report.txt").write_text(self.to_text(), encoding="utf-8")
+        for name, content in (("report.json", text + "\n"), ("report.txt", self.to_text())):
+            _replace(folder / name, partial(Path.write_text, data=content, encoding="utf-8"))
         unparsed, sheet = folder / "unparsed.csv", folder / "contact_sheet.png"
         if self.unparsed:
             rows = ((printable(item.path), item.reason) for item in self.unparsed)
-            write_csv(unparsed, ("path", "reason"), rows)
+            _replace(unparsed, lambda path: write_csv(path, ("path", "reason"), rows))
         else:
             unparsed.unlink(missing_ok=True)
         if self.sheet is not None:
-            self.sheet.save(sheet)
+            _replace(sheet, self.sheet.save)
         else:
             sheet.unlink(missing_ok=True)
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file aside, under a name of its own (the suffix kept), and puts it in place at once."""
+    aside = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{path.suffix}")
+    try:
+        write(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _titled(title: str, lines: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from featstore.errors import CohortError
+from featstore.errors import CohortError, escape_controls
 
 _SEPARATORS = ",;\t"
 _FORMULA_STARTS = ("=", "+", "-", "@")
@@ -130,8 +130,11 @@ def _read_text(path: Path, key: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with undecodable bytes of a file name spelt out, so that it can be written as UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    """The text with control characters and the undecodable bytes of a file name spelt out.
+
+    So it can be written as UTF-8, and shown on a terminal.
+    """
+    return escape_controls(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def safe_cell(value: object) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections import Counter
@@ -11,15 +12,27 @@ from pathlib import Path
 from featstore.errors import CohortError
 
 _LITTER_FOLDERS = {"__MACOSX", "@eaDir"}
+# Of a link: its target is missing (also below a file), or it ends in no target at all.
+_LEADS_NOWHERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
 @dataclass
 class Found:
-    """PNG files below a folder, POSIX paths relative to it, and what was passed over."""
+    """PNG files below a folder, POSIX paths relative to it, and what was passed over.
+
+    Attributes:
+        paths: Files, and links to files, named .png.
+        not_files: Pipes, sockets and devices named .png, which no reader may open: it could hang.
+        ignored: Suffix (or `hidden`, `litter folder`) → number of entries.
+        links_skipped: Links to folders already listed, and broken links.
+        broken_links: Those of them that lead nowhere.
+    """
 
     paths: list[str] = field(default_factory=list)
+    not_files: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     links_skipped: list[str] = field(default_factory=list)
+    broken_links: list[str] = field(default_factory=list)
 
 
 def walk(folder: Path) -> Found:
@@ -80,26 +93,44 @@ def _list(
                     status = entry.stat(follow_symlinks=False)
                     seen.add((status.st_dev, status.st_ino))
                     folders.append(f"{prefix}{name}/")
-                elif entry.is_symlink() and not _is_file_link(entry):
-                    if entry.is_dir():
-                        links.append(f"{prefix}{name}/")
-                    else:
-                        found.links_skipped.append(f"{prefix}{name}")
-                elif name.startswith("."):
-                    found.ignored["hidden"] += 1
-                elif name[-4:].lower() == ".png":
-                    found.paths.append(prefix + name)
+                    continue
+                mode = _target(entry) if entry.is_symlink() else None
+                if mode == 0:
+                    found.links_skipped.append(prefix + name)
+                    found.broken_links.append(prefix + name)
+                elif mode is not None and stat.S_ISDIR(mode):
+                    links.append(f"{prefix}{name}/")
                 else:
-                    found.ignored[os.path.splitext(name)[1].lower() or "no suffix"] += 1
+                    _sort_in(entry, prefix, found)
     except OSError as error:
         raise _unreadable(folder / prefix, error) from error
 
 
-def _is_file_link(entry: os.DirEntry[str]) -> bool:
+def _sort_in(entry: os.DirEntry[str], prefix: str, found: Found) -> None:
+    """Notes an entry that is neither a folder nor a link to one."""
+    name = entry.name
+    if name.startswith("."):
+        found.ignored["hidden"] += 1
+    elif name[-4:].lower() != ".png":
+        found.ignored[os.path.splitext(name)[1].lower() or "no suffix"] += 1
+    elif entry.is_file():  # known from the listing itself; only links cost a look, already taken
+        found.paths.append(prefix + name)
+    else:
+        found.not_files.append(prefix + name)
+
+
+def _target(entry: os.DirEntry[str]) -> int:
+    """The mode of what a link leads to, 0 if that is nothing.
+
+    Raises:
+        OSError: It cannot be told, e.g. for want of permission: patches may be behind it.
+    """
     try:
-        return stat.S_ISREG(entry.stat().st_mode)
-    except OSError:  # broken, or a chain of links that never ends
-        return False
+        return entry.stat().st_mode
+    except OSError as error:
+        if error.errno in _LEADS_NOWHERE:
+            return 0
+        raise
 
 
 def _unreadable(folder: Path, error: OSError) -> CohortError:

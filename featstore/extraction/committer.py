@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from featstore.errors import FeatstoreError
 from featstore.extraction.forward import PendingFeatures
+from featstore.extraction.geometry import corners
 from featstore.extraction.loading import Loaded
 from featstore.store import Slice, StoreWriter
 
-_GEOMETRY = ["x0", "y0", "x1", "y1", "x2", "y2", "x3", "y3"]
 # Batches between the forward pass and the writer: enough to ride out an fsync.
 _QUEUE = 16
 
@@ -190,24 +190,3 @@ class Committer:
             )
             for a, b in pairwise(edges)
         ]
-
-
-def corners(table: pd.DataFrame) -> NDArray[np.float64] | None:
-    """Four corners of every patch in level-0 pixels, clockwise from the top left.
-
-    Args:
-        table: Patches with ``x, y[, width, height]``, with ``x0 … y3``, or with neither.
-
-    Returns:
-        (P, 8) float64: x0, y0, …, x3, y3; without width and height all four corners
-        are the one that is known. None for a table without geometry.
-    """
-    if set(_GEOMETRY) <= set(table.columns):
-        return table[_GEOMETRY].to_numpy(np.float64)
-    if not {"x", "y"} <= set(table.columns):
-        return None
-    x, y = table["x"].to_numpy(np.float64), table["y"].to_numpy(np.float64)
-    zero = np.zeros(len(table))
-    w = table["width"].to_numpy(np.float64) if "width" in table.columns else zero
-    h = table["height"].to_numpy(np.float64) if "height" in table.columns else zero
-    return np.column_stack([x, y, x + w, y, x + w, y + h, x, y + h])

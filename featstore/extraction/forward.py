@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import platform
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,13 @@ from featstore.errors import ConfigError, FeatstoreError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _AMP = {"bf16": "bfloat16", "fp16": "float16", "off": "float32"}
 # On CPUs a small batch stays in the caches; on GPUs a large one fills the processors.
+# Allocators of the CPU, of cuBLAS and cuDNN and of pinned memory raise plain RuntimeErrors.
+_OUT_OF_MEMORY = (
+    "not enough memory",
+    "can't allocate memory",
+    "ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
 _AUTO_BATCH = {"cpu": 16, "cuda": 256}
 
 
@@ -51,7 +60,8 @@ def choose_compute_dtype(amp: str, device: torch.device, stored: str | None) -> 
     if stored is not None:
         return stored
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        with torch.cuda.device(device):
+            return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     fast = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return "bfloat16" if fast is not None and fast() else "float32"
 
@@ -121,7 +131,8 @@ class Embedder:
         """
         while True:
             try:
-                return self._run(pixels)
+                with self._on_device():
+                    return self._run(pixels)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -137,6 +148,24 @@ class Embedder:
             self.halved += 1
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Events, streams and precision as this device's, whichever one is current."""
+        if self.device.type != "cuda":
+            yield
+            return
+        # float32 must mean float32: TF32 rounds to 10 bits, and the fingerprint would not say so.
+        exact = self._compute == torch.float32
+        convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        with torch.cuda.device(self.device):
+            try:
+                if exact:
+                    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+                yield
+            finally:
+                torch.backends.cudnn.allow_tf32 = convolutions
+                torch.backends.cuda.matmul.allow_tf32 = products
 
     @torch.inference_mode()
     def _run(self, pixels: NDArray[np.uint8]) -> PendingFeatures:
@@ -190,4 +219,4 @@ def keep_freed_memory() -> bool:
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return "not enough memory" in str(error) or "can't allocate memory" in str(error)
+    return any(words in str(error) for words in _OUT_OF_MEMORY)

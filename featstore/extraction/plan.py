@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from featstore.cohort.patches import Scan
 from featstore.config import ImagesConfig
 from featstore.errors import ImageError
+from featstore.extraction.geometry import corners
 from featstore.extraction.shards import Shard, in_shard
 from featstore.images import check_header
 from featstore.store import Store
+from featstore.store.format import GEOMETRY_COLUMNS
 
 KEY = ["case_id", "stain", "slice_id", "patch"]
 # Calls that wait for a (network) file system overlap in threads.
@@ -36,8 +38,9 @@ class Plan:
         new: How many of them the store does not have.
         changed: How many of them the store has from other bytes.
         done: Patches of this share that need nothing.
-        touched: Of these, files with another time stamp but the same bytes.
-        moved: Of these, files that lie elsewhere below the patches folder.
+        stale: Rows of the patch table, with ``size`` and ``mtime_ns``, of those among them whose
+            path, time stamp or geometry is not what the store says, but whose bytes are.
+        stored: Live embeddings in the store.
         vanished: Rows of `Store.sources` whose patch is no longer in the table.
         skipped: Files that cannot be used, with the reason (``on_bad_image: skip``).
     """
@@ -46,8 +49,8 @@ class Plan:
     new: int
     changed: int
     done: int
-    touched: int
-    moved: int
+    stale: pd.DataFrame
+    stored: int
     vanished: pd.DataFrame
     skipped: list[tuple[str, str]]
 
@@ -59,10 +62,11 @@ class Plan:
         ]
         if self.skipped:
             lines.append(f"{len(self.skipped):,} of them cannot be used and are skipped")
-        if self.touched:
-            lines.append(f"{self.touched:,} files have another time stamp but the same bytes: done")
-        if self.moved:
-            lines.append(f"{self.moved:,} files lie elsewhere in the folder than when they were embedded")
+        if len(self.stale):
+            lines.append(
+                f"{len(self.stale):,} of these have another path, time stamp or position, but the same "
+                "bytes: only that is noted anew"
+            )
         if len(self.vanished):
             shown = ", ".join(self.vanished["path"].head(3)) + (", …" if len(self.vanished) > 3 else "")
             lines.append(
@@ -88,19 +92,20 @@ def make_plan(scan: Scan, store: Store | None, shard: Shard, images: ImagesConfi
         ImageError: Files cannot be used and ``on_bad_image`` is ``stop``; names them.
     """
     sizes, times = _stat(scan)
-    mine = in_shard(scan.table, sizes, shard)
+    mine = in_shard(scan.table, shard)
     table = scan.table.assign(size=sizes, mtime_ns=times)
     sources = _no_sources() if store is None else store.sources()
     merged = _merge(table, sources)
     both = merged["_merge"].eq("both").to_numpy() & mine
     same_stat = merged["size"].eq(merged["size_stored"]) & merged["mtime_ns"].eq(merged["mtime_ns_stored"])
-    suspects = np.flatnonzero(both & ~same_stat.to_numpy())
+    same_path = merged["path"].eq(merged["path_stored"]).to_numpy()
+    suspects = np.flatnonzero(both & ~(same_stat.to_numpy() & same_path))
     same_bytes = _same_bytes(scan.folder, merged, suspects)
     changed = np.zeros(len(merged), bool)
     changed[suspects[~same_bytes]] = True
     new = merged["_merge"].eq("left_only").to_numpy() & mine
     done = both & ~changed
-    moved = done & merged["path"].ne(merged["path_stored"]).to_numpy()
+    stale = done & (~same_path | ~same_stat.to_numpy() | ~_same_geometry(scan.table, merged))
     pending = table[new | changed]
     bad = check_headers(scan.folder, pending["path"].tolist(), images)
     return Plan(
@@ -108,8 +113,8 @@ def make_plan(scan: Scan, store: Store | None, shard: Shard, images: ImagesConfi
         new=int(new.sum()),
         changed=int(changed.sum()),
         done=int(done.sum()),
-        touched=int(same_bytes.sum()),
-        moved=int(moved.sum()),
+        stale=table[stale],
+        stored=len(sources),
         vanished=_vanished(scan, table, sources),
         skipped=bad,
     )
@@ -161,12 +166,23 @@ def _stat(scan: Scan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return found[:, 0], found[:, 1]
 
 
+def _same_geometry(table: pd.DataFrame, merged: pd.DataFrame) -> NDArray[np.bool_]:
+    """(P,) whether the store has the corners that the table gives; a table without any is no news."""
+    here = corners(table)
+    if here is None:
+        return np.ones(len(merged), bool)
+    there = merged[list(GEOMETRY_COLUMNS)].to_numpy(np.float64)
+    same: NDArray[np.bool_] = ((here == there) | (np.isnan(here) & np.isnan(there))).all(axis=1)
+    return same
+
+
 def _same_bytes(folder: Path, merged: pd.DataFrame, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
     paths = merged["path"].to_numpy()
     digests = merged["sha256"].to_numpy()
 
     def same(row: int) -> bool:
-        return bool(hashlib.sha256((folder / paths[row]).read_bytes()).digest() == digests[row])
+        with open(folder / paths[row], "rb") as file:
+            return bool(hashlib.file_digest(file, "sha256").digest() == digests[row])
 
     return np.array(_map(same, rows.tolist()), bool)
 
@@ -187,7 +203,9 @@ def _vanished(scan: Scan, table: pd.DataFrame, sources: pd.DataFrame) -> pd.Data
 
 
 def _no_sources() -> pd.DataFrame:
-    empty = pd.DataFrame(columns=[*KEY, "path", "size", "mtime_ns", "sha256"], dtype=object)
+    empty = pd.DataFrame(
+        columns=[*KEY, "path", "size", "mtime_ns", "sha256", *GEOMETRY_COLUMNS], dtype=object
+    )
     return empty.astype({"patch": np.int64})
 
 

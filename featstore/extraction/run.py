@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from featstore import __version__
@@ -25,6 +24,7 @@ from featstore.extraction import forward
 from featstore.extraction.committer import Committer
 from featstore.extraction.pipeline import Observer, Progress, run_pass
 from featstore.extraction.plan import Plan, make_plan
+from featstore.extraction.refresh import prune, refresh
 from featstore.extraction.shards import Shard, parse_shard
 from featstore.spec import EmbeddingSpec
 from featstore.store import Store, StoreWriter
@@ -40,6 +40,7 @@ class ExtractionReport:
         plan: What there was to do.
         progress: What was computed, and where the time went.
         committed: Patches whose embeddings are now in the store.
+        refreshed: Embeddings that were given another path, time stamp or position.
         pruned: Embeddings dropped because their PNG has vanished.
         seconds: Wall time of the pass.
         settings: Device, precision, batch size (as it ended), workers.
@@ -51,6 +52,7 @@ class ExtractionReport:
     plan: Plan
     progress: Progress
     committed: int
+    refreshed: int
     pruned: int
     seconds: float
     settings: dict[str, Any]
@@ -80,12 +82,12 @@ class ExtractionReport:
             lines.append(f"{len(self.weights_ignored)} keys of the weights file were not used: {shown}")
         lines += [f"{count:,} patches converted: {how}" for how, count in progress.converted.most_common()]
         if self.skipped:
-            lines.append(f"{len(self.skipped):,} files skipped, listed in the report:")
+            lines.append(f"{len(self.skipped):,} files skipped, all listed in reports/extract/:")
             lines += [f"  {path}: {reason}" for path, reason in self.skipped[:5]]
         if self.pruned:
             lines.append(f"{self.pruned:,} embeddings of vanished patches dropped")
         if self.interrupted is not None:
-            left = len(self.plan.pending) - progress.done
+            left = len(self.plan.pending) - progress.done - len(progress.skipped)
             lines.append(f"interrupted with {left:,} patches left; the same command goes on from here")
         elif not lines:
             lines.append("nothing left to do")
@@ -99,8 +101,7 @@ class ExtractionReport:
             "new": plan.new,
             "changed": plan.changed,
             "already_done": plan.done,
-            "touched": plan.touched,
-            "moved": plan.moved,
+            "refreshed": self.refreshed,
             "vanished": len(plan.vanished),
             "pruned": self.pruned,
             "skipped": [{"path": path, "reason": reason} for path, reason in self.skipped],
@@ -154,9 +155,10 @@ def extract(
         stored_dtype=config.extract.dtype,
     )
     check_writable(path, spec)
-    plan = make_plan(found, Store.open(path) if existing else None, shard, config.images)
+    store = Store.open(path) if existing else None
+    plan = make_plan(found, store, shard, config.images)
     announce(found, plan)
-    return _carry_out(config, project, found, plan, backbone, spec, device, shard, observe)
+    return _carry_out(config, project, found, plan, store, backbone, spec, device, shard, observe)
 
 
 def _carry_out(
@@ -164,6 +166,7 @@ def _carry_out(
     project: Path,
     found: Scan,
     plan: Plan,
+    store: Store | None,
     backbone: Backbone,
     spec: EmbeddingSpec,
     device: torch.device,
@@ -176,9 +179,9 @@ def _carry_out(
         forward.keep_freed_memory()
     batch_size = forward.choose_batch_size(settings.batch_size, device)
     embedder = forward.Embedder(backbone, device, spec.compute_dtype, spec.stored_dtype, batch_size)
-    progress, committed, pruned, interrupted = Progress(total=0), 0, 0, None
+    progress, committed, refreshed, pruned, interrupted = Progress(total=0), 0, 0, 0, None
     started = time.monotonic()
-    if len(plan.pending) or (settings.prune and len(plan.vanished)):
+    if len(plan.pending) or len(plan.stale) or (settings.prune and len(plan.vanished)):
         writer = StoreWriter(
             project / config.store.path, spec, _provenance(config, project, backbone, device, batch_size)
         )
@@ -196,13 +199,16 @@ def _carry_out(
                 lambda: bool(received),
             )
         committed, interrupted = committer.committed, next(iter(received), None)
+        if len(plan.stale) and store is not None and interrupted is None:
+            refreshed = refresh(writer, store, plan.stale)
         # One share prunes for all of them.
         if settings.prune and shard.index == 0 and interrupted is None:
-            pruned = _prune(writer, plan.vanished)
+            pruned = prune(writer, plan.vanished, found, plan.stored)
     return ExtractionReport(
         plan=plan,
         progress=progress,
         committed=committed,
+        refreshed=refreshed,
         pruned=pruned,
         seconds=time.monotonic() - started,
         settings={
@@ -224,16 +230,6 @@ def decoding_threads(config: FeatstoreConfig) -> int:
         return config.extract.workers
     affinity = getattr(os, "sched_getaffinity", None)  # Linux alone knows what a job was given
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-
-
-def _prune(writer: StoreWriter, vanished: pd.DataFrame) -> int:
-    for case_id, rows in vanished.groupby("case_id", sort=False):
-        patches = {
-            (str(stain), str(slice_id)): members["patch"].sort_values().to_numpy()
-            for (stain, slice_id), members in rows.groupby(["stain", "slice_id"], sort=False)
-        }
-        writer.drop(str(case_id), patches)
-    return len(vanished)
 
 
 def _provenance(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
+import hashlib
 import os
 from dataclasses import dataclass
 
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from featstore.errors import ConfigError
 
-# What schedulers call the index of an array's task.
-_ARRAY_VARIABLES = ("SLURM_ARRAY_TASK_ID", "PBS_ARRAY_INDEX", "SGE_TASK_ID", "LSB_JOBINDEX")
+# What schedulers call the index of an array's task, and the number their arrays start with.
+_ARRAY_VARIABLES = {"SLURM_ARRAY_TASK_ID": 0, "PBS_ARRAY_INDEX": 0, "SGE_TASK_ID": 1, "LSB_JOBINDEX": 1}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,12 @@ def parse_shard(text: str | None) -> Shard:
         return Shard()
     first, _, count = text.partition("/")
     if first == "auto":
-        found = {name: os.environ[name] for name in _ARRAY_VARIABLES if os.environ.get(name, "").isdigit()}
+        # SGE says "undefined" and LSF 0 where a job is no array's.
+        found = {
+            name: int(os.environ[name]) - start
+            for name, start in _ARRAY_VARIABLES.items()
+            if os.environ.get(name, "").isdigit() and int(os.environ[name]) >= start
+        }
         if not found:
             raise ConfigError(
                 f"extract.shard is {text!r}, but this is no task of a scheduler's array",
@@ -44,7 +49,7 @@ def parse_shard(text: str | None) -> Shard:
                 where="extract.shard",
                 fix=f"name the share, e.g. --shard 0/{count}",
             )
-        first = next(iter(found.values()))
+        first = str(next(iter(found.values())))
     if int(first) >= int(count):
         raise ConfigError(
             f"extract.shard is {text!r}: there is no share {first} of {count}",
@@ -55,15 +60,15 @@ def parse_shard(text: str | None) -> Shard:
     return Shard(int(first), int(count))
 
 
-def in_shard(table: pd.DataFrame, sizes: NDArray[np.int64], shard: Shard) -> NDArray[np.bool_]:
-    """Which patches are in a share: whole slices, balanced by bytes.
+def in_shard(table: pd.DataFrame, shard: Shard) -> NDArray[np.bool_]:
+    """Which patches are in a share: whole slices, by a hash of case, stain and slice.
 
-    The largest slice goes first, each to the lightest share so far. All processes
-    that see the same folder agree, whatever is done already.
+    A slice's share depends on nothing else, neither on other files nor on their sizes: tasks of an
+    array start hours apart, and files that come in between must not move a slice out of a share
+    that has run into one that has run as well.
 
     Args:
         table: The whole patch table, P rows.
-        sizes: (P,) file sizes in bytes.
         shard: The share.
 
     Returns:
@@ -73,12 +78,16 @@ def in_shard(table: pd.DataFrame, sizes: NDArray[np.int64], shard: Shard) -> NDA
         return np.ones(len(table), bool)
     keys = ["case_id", "stain", "slice_id"]
     slice_of_patch = table.groupby(keys, observed=True, sort=False).ngroup().to_numpy()
-    load = np.bincount(slice_of_patch, weights=sizes)
-    share_of_slice = np.empty(len(load), np.int64)
-    lightest = [(0.0, share) for share in range(shard.count)]
-    for number in np.argsort(-load, kind="stable").tolist():
-        total, share = heapq.heappop(lightest)
-        share_of_slice[number] = share
-        heapq.heappush(lightest, (total + float(load[number]), share))
+    _, first = np.unique(slice_of_patch, return_index=True)
+    slices = table[keys].iloc[first].itertuples(index=False)
+    share_of_slice = np.array(
+        [share_of(str(row[0]), str(row[1]), str(row[2]), shard.count) for row in slices], np.int64
+    )
     mine: NDArray[np.bool_] = share_of_slice[slice_of_patch] == shard.index
     return mine
+
+
+def share_of(case_id: str, stain: str, slice_id: str, count: int) -> int:
+    """The share, 0 … count − 1, that a slice belongs to."""
+    digest = hashlib.sha256("\0".join((case_id, stain, slice_id)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") % count

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
@@ -52,6 +53,7 @@ FORMAT = "featstore"
 VERSION = (1, 0)
 MANIFEST = "featstore.json"
 CASES = "cases"
+_PART_NAME = re.compile(r"[0-9a-f]{32}(\.[a-z0-9]+)+")
 QUARANTINE = "quarantine"
 
 COLUMNS: dict[str, str] = {
@@ -64,6 +66,7 @@ COLUMNS: dict[str, str] = {
     "source_sha256": "digest of the file's bytes",
 }
 OPTIONAL_COLUMNS = ("geometry",)
+GEOMETRY_COLUMNS = ("x0", "y0", "x1", "y1", "x2", "y2", "x3", "y3")
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,10 @@ def decode_record(data: bytes, where: str) -> Record:
             Part(p["name"], p["size"], p["sha256"], tuple(_known(Group, g) for g in p["groups"]))
             for p in body["parts"]
         )
-        return _known(Record, {**body, "parts": parts})
+        record = _known(Record, {**body, "parts": parts})
+        if not all(_plausible(part) for part in parts):
+            raise damaged
+        return record
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged from error
 
@@ -217,6 +223,13 @@ def check_version(found: Any, where: str) -> None:
             where=where,
             fix="read it with the featstore version that wrote it",
         )
+
+
+def _plausible(part: Part) -> bool:
+    """Whether a part's entry can be acted on: a bare file name, and sizes that are sizes."""
+    counts = [part.size, *(group.rows for group in part.groups)]
+    sizes = all(type(count) is int and count >= 0 for count in counts)
+    return sizes and _PART_NAME.fullmatch(part.name) is not None
 
 
 def _known(kind: type[T], body: dict[str, Any]) -> T:

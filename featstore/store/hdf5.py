@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from featstore.errors import StoreDamaged, StoreError
 from featstore.quality import QUALITY_COLUMNS
-from featstore.store.format import COLUMNS, OPTIONAL_COLUMNS, Slice
+from featstore.store.format import COLUMNS, Slice
 from featstore.store.ids import component
 
 SUFFIX = ".h5"
@@ -59,11 +59,11 @@ class PartReader:
     def __init__(self, file: Any, path: Path) -> None:
         self._file = file
         self._path = path
+        self._open: tuple[tuple[str, str] | None, dict[str, Any]] = (None, {})
 
     def columns(self, stain: str, slice_id: str) -> list[str]:
         """The names of the columns that a slice has here."""
-        group = self._group(stain, slice_id)
-        return [name for name in COLUMNS if name in group]
+        return [name for name in COLUMNS if name in self._datasets(stain, slice_id)]
 
     def read(
         self, stain: str, slice_id: str, name: str, rows: int, into: NDArray[Any] | None = None
@@ -83,37 +83,55 @@ class PartReader:
         Raises:
             StoreDamaged: The column is missing, has another shape, or fails its checksum.
         """
-        group = self._group(stain, slice_id)
-        # An external link or dataset would read (and trust) a file outside the store.
-        if name not in group or not isinstance(group.get(name, getlink=True), h5py.HardLink):
+        try:
+            return self._read(stain, slice_id, name, rows, into)
+        except (KeyError, OSError, RuntimeError, ValueError) as error:
+            # What HDF5 raises depends on which of its structures a damaged byte belongs to.
+            raise self._damaged(f"{stain}/{slice_id}/{name} fails its checksum ({error})") from error
+
+    def _read(
+        self, stain: str, slice_id: str, name: str, rows: int, into: NDArray[Any] | None
+    ) -> NDArray[Any]:
+        data = self._datasets(stain, slice_id).get(name)
+        if data is None:
             raise self._damaged(f"no column {name!r} in {stain}/{slice_id}")
-        data = group[name]
-        if not isinstance(data, h5py.Dataset) or data.external or data.is_virtual or data.ndim == 0:
-            raise self._damaged(f"the column {name!r} of {stain}/{slice_id} is no plain dataset")
         expected = (rows, *data.shape[1:]) if into is None else into.shape
         if data.shape != expected or (into is not None and data.dtype != into.dtype):
             raise self._damaged(
                 f"{stain}/{slice_id}/{name} has the shape {data.shape} of {data.dtype}",
                 expected=f"{expected}" + ("" if into is None else f" of {into.dtype}"),
             )
-        try:
-            if into is None:
-                result: NDArray[Any] = data[()]
-                return result
-            data.read_direct(into)
-            return into
-        except OSError as error:
-            raise self._damaged(f"{stain}/{slice_id}/{name} fails its checksum ({error})") from error
+        if into is None:
+            result: NDArray[Any] = data[()]
+            return result
+        data.read_direct(into)
+        return into
 
-    def _group(self, stain: str, slice_id: str) -> Any:
-        name = f"{component(stain)}/{component(slice_id)}"
+    def _datasets(self, stain: str, slice_id: str) -> dict[str, Any]:
+        """The columns of a slice; looked up once, since that costs as much as reading a small one."""
+        key = (stain, slice_id)
+        if self._open[0] != key:
+            self._open = (key, self._find(stain, slice_id))
+        return self._open[1]
+
+    def _find(self, stain: str, slice_id: str) -> dict[str, Any]:
         try:
-            group = self._file[name]
-        except (KeyError, OSError, RuntimeError) as error:
-            raise self._damaged(f"no slice {stain}/{slice_id} in this part") from error
-        if group.file.id != self._file.id or not isinstance(group, h5py.Group):
-            raise self._damaged(f"the slice {stain}/{slice_id} lies outside this file")
-        return group
+            group = self._file[f"{component(stain)}/{component(slice_id)}"]
+            if group.file.id != self._file.id or not isinstance(group, h5py.Group):
+                raise self._damaged(f"the slice {stain}/{slice_id} lies outside this file")
+            links = {name: group.get(name, getlink=True) for name in group if name in COLUMNS}
+            found = {name: group[name] for name, link in links.items() if isinstance(link, h5py.HardLink)}
+            # An external link or dataset would read (and trust) a file outside the store.
+            odd = [
+                name
+                for name, data in found.items()
+                if not isinstance(data, h5py.Dataset) or data.external or data.is_virtual or data.ndim == 0
+            ]
+        except (KeyError, OSError, RuntimeError, ValueError) as error:
+            raise self._damaged(f"no readable slice {stain}/{slice_id} in this part ({error})") from error
+        if odd or len(found) != len(links):
+            raise self._damaged(f"columns of {stain}/{slice_id} are no plain datasets of this file")
+        return found
 
     def _damaged(self, found: str, expected: str = "") -> StoreDamaged:
         return damaged(self._path, found, expected)
@@ -157,6 +175,3 @@ def open_part(path: Path, size: int) -> Iterator[PartReader]:
         raise damaged(path, f"a part is no readable HDF5 file ({error})") from error
     with file:
         yield PartReader(file, path)
-
-
-__all__ = ["OPTIONAL_COLUMNS", "SUFFIX", "PartReader", "encode", "open_part"]

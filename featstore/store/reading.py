@@ -114,6 +114,12 @@ def read_features(folder: Path, case: Layout, dtype: str, dim: int) -> NDArray[A
     Raises:
         StoreDamaged: A part is missing or is not what the record says.
     """
+    for piece in case.pieces:
+        if piece.group.rows * dim * np.dtype(dtype).itemsize > piece.part.size:
+            raise hdf5.damaged(
+                folder / piece.part.name,
+                f"a part of {piece.part.size} bytes cannot hold {piece.group.rows} embeddings",
+            )
     out = np.empty((len(case.patches), dim), dtype)
     for part, pieces in _by_part(case.pieces):
         with hdf5.open_part(folder / part.name, part.size) as reader:

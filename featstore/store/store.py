@@ -17,12 +17,10 @@ from featstore.cohort.names import natural_key
 from featstore.errors import StoreDamaged, StoreError
 from featstore.quality import QUALITY_COLUMNS
 from featstore.spec import EmbeddingSpec
-from featstore.store.format import CASES, MANIFEST, Record
+from featstore.store.format import CASES, GEOMETRY_COLUMNS, MANIFEST, Record
 from featstore.store.ids import component
 from featstore.store.reading import Layout, layout, read_columns, read_features
 from featstore.store.records import newest_records, read_manifest, read_record
-
-GEOMETRY_COLUMNS = ("x0", "y0", "x1", "y1", "x2", "y2", "x3", "y3")
 
 
 class Store:
@@ -80,6 +78,8 @@ class Store:
             StoreDamaged: A part is missing or is not what was written.
         """
         case = self.layout(case_id)
+        if not len(case.patches):
+            raise self._no_case(case_id)
         start = self._starts[case_id]
         stain_ids = {name: i for i, name in enumerate(self._stain_names)}
         return Bag(
@@ -116,9 +116,11 @@ class Store:
         """One row a live patch, with its file as it was read.
 
         Returns:
-            ``case_id, stain, slice_id, patch, path, size`` (bytes), ``mtime_ns, sha256`` (32 bytes).
+            ``case_id, stain, slice_id, patch, path, size`` (bytes), ``mtime_ns, sha256`` (32 bytes),
+            and ``x0 … y3``, NaN where not known.
         """
-        return self._frame(case_id, ["source_name", "source_stat", "source_sha256"], _file_states)
+        columns = ["source_name", "source_stat", "source_sha256", "geometry"]
+        return self._frame(case_id, columns, _file_states)
 
     def record(self, case_id: str) -> Record:
         """The commit record that this view shows of a case.
@@ -131,12 +133,7 @@ class Store:
             return self._records[case_id]
         name = component(case_id)
         if name not in self._newest:
-            raise StoreError(
-                f"the store has no case {case_id!r}",
-                expected=f"one of its {len(self._newest)} cases",
-                where=str(self.path),
-                fix="`featstore info` lists the cases",
-            )
+            raise self._no_case(case_id)
         record = self._read(name)
         if record.case_id != case_id:
             raise StoreDamaged(
@@ -144,6 +141,14 @@ class Store:
                 where=str(self.folder(case_id)),
             )
         return record
+
+    def _no_case(self, case_id: str) -> StoreError:
+        return StoreError(
+            f"the store has no case {case_id!r}",
+            expected=f"one of its {len(self._newest)} cases",
+            where=str(self.path),
+            fix="Store.cases() lists them",
+        )
 
     def layout(self, case_id: str) -> Layout:
         """Where a case's live rows lie, in bag order."""
@@ -223,4 +228,5 @@ def _file_states(arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
         "size": arrays["source_stat"][:, 0],
         "mtime_ns": arrays["source_stat"][:, 1],
         "sha256": pd.array([row.tobytes() for row in digests], dtype=object),
+        **{name: arrays["geometry"][:, i] for i, name in enumerate(GEOMETRY_COLUMNS)},
     }

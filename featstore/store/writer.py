@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from featstore.errors import FingerprintMismatch, StoreError
@@ -21,6 +22,7 @@ from featstore.store import files, hdf5
 from featstore.store.format import (
     CASES,
     FORMAT,
+    GEOMETRY_COLUMNS,
     MANIFEST,
     QUARANTINE,
     VERSION,
@@ -71,15 +73,16 @@ class StoreWriter:
     def commit(self, case_id: str, slices: Sequence[Slice]) -> None:
         """Make rows of one case durable and visible, all or nothing.
 
-        A row whose (stain, slice, patch) is live already is replaced, unless its file had the
-        same bytes: then another writer has done this row, and the first one stays.
+        A row whose (stain, slice, patch) is live already is replaced, unless all that is known of
+        its file is the same: then another writer has done this row, and the first one stays.
 
         Args:
             case_id: The case.
             slices: Its new rows; every (stain, slice) once, ascending in patch.
 
         Raises:
-            StoreError: Something could not be written; nothing has become visible.
+            StoreError: Something could not be written. Nothing has become visible, unless the
+                last fsync failed: then it may have.
         """
         folder = self.path / CASES / component(case_id)
         files.make_folder(folder)
@@ -93,18 +96,35 @@ class StoreWriter:
             if self._publish(case_id, folder, current, merged):
                 return
 
-    def drop(self, case_id: str, patches: Patches) -> None:
+    def drop(self, case_id: str, doomed: Mapping[tuple[str, str, int], bytes]) -> int:
         """Make rows of one case invisible (their bytes stay until `gc`).
 
         Args:
             case_id: The case.
-            patches: Patch numbers by (stain, slice); those that are not live are passed over.
+            doomed: (stain, slice, patch) and the sha256 of the file that the row was made from. A row
+                that is not live, or was made anew from other bytes meanwhile, is passed over.
+
+        Returns:
+            How many rows are gone.
         """
         folder = self.path / CASES / component(case_id)
         while (current := self._current(folder)) is not None:
-            parts = _without(current.parts, patches, str(folder))
-            if parts == current.parts or self._publish(case_id, folder, current, parts):
-                return
+            rows = self._sources(current)
+            patches: dict[tuple[str, str], list[int]] = {}
+            keys = zip(rows["stain"], rows["slice_id"], rows["patch"].tolist(), strict=True)
+            for (stain, slice_id, patch), digest in zip(keys, rows["sha256"], strict=True):
+                if doomed.get((stain, slice_id, patch)) == digest:
+                    patches.setdefault((stain, slice_id), []).append(patch)
+            count = sum(map(len, patches.values()))
+            without = {key: np.array(sorted(numbers), np.int64) for key, numbers in patches.items()}
+            parts = _without(current.parts, without, str(folder))
+            if not count or self._publish(case_id, folder, current, parts):
+                return count
+        return 0
+
+    def _sources(self, current: Record) -> pd.DataFrame:
+        view = Store(self.path, self.spec, {component(current.case_id): current.sequence})
+        return view.sources(current.case_id)
 
     def _write_part(self, case_id: str, folder: Path, slices: Sequence[Slice]) -> Part:
         attributes = {
@@ -161,7 +181,7 @@ class StoreWriter:
         return (*others, replace(part, groups=tuple(groups)))
 
     def _done(self, current: Record, slices: Sequence[Slice]) -> Patches:
-        """Those of our patches that are live already, made from the same bytes."""
+        """Those of our patches that are live already, made from the same file at the same place."""
         mine = {(item.stain, item.slice_id): item for item in slices}
         keys = {(g.stain, g.slice_id) for part in current.parts for g in part.groups} & set(mine)
         where = str(self.path)
@@ -172,25 +192,25 @@ class StoreWriter:
             if (g.stain, g.slice_id) in keys
         ):
             return {}
-        view = Store(self.path, self.spec, {component(current.case_id): current.sequence})
-        theirs = view.sources(current.case_id)
-        digests = dict(
-            zip(
-                zip(theirs["stain"], theirs["slice_id"], theirs["patch"], strict=True),
-                theirs["sha256"],
-                strict=True,
-            )
-        )
+        theirs = {
+            (row.stain, row.slice_id, row.patch): row
+            for row in self._sources(current).itertuples(index=False)
+        }
         done = {}
         for key in keys:
-            numbers, hashes = mine[key].patch, mine[key].columns["source_sha256"]
+            item = mine[key]
             same = [
-                digests.get((*key, int(n))) == h.tobytes() for n, h in zip(numbers, hashes, strict=True)
+                (row := theirs.get((*key, number))) is not None and _same_file(item, i, row)
+                for i, number in enumerate(item.patch.tolist())
             ]
-            done[key] = numbers[np.array(same, bool)]
+            done[key] = item.patch[np.array(same, bool)]
         return done
 
     def _publish(self, case_id: str, folder: Path, current: Record | None, parts: tuple[Part, ...]) -> bool:
+        if current is None:
+            # Whoever made the case's folder may have been killed before it was durable.
+            files.sync_folder(folder.parent)
+            files.sync_folder(folder.parent.parent)
         record = Record(
             case_id=case_id,
             sequence=1 if current is None else current.sequence + 1,
@@ -200,6 +220,19 @@ class StoreWriter:
             parts=parts,
         )
         return files.publish(folder / record_name(record.sequence), encode_record(record))
+
+
+def _same_file(item: Slice, i: int, row: Any) -> bool:
+    """Whether row ``i`` of a slice and a row of `Store.sources` come from the same state of a file."""
+    columns = item.columns
+    here = columns["geometry"][i] if "geometry" in columns else np.full(8, np.nan)
+    there = [getattr(row, name) for name in GEOMETRY_COLUMNS]
+    return bool(
+        columns["source_sha256"][i].tobytes() == row.sha256
+        and columns["source_name"][i].decode("utf-8") == row.path
+        and columns["source_stat"][i].tolist() == [row.size, row.mtime_ns]
+        and np.array_equal(here, np.array(there, np.float64), equal_nan=True)
+    )
 
 
 def check_writable(path: Path, spec: EmbeddingSpec) -> None:

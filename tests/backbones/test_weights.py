@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
@@ -285,3 +285,12 @@ def test_reachable(monkeypatch):
 def test_timm_is_not_imported_for_torchvision():
     code = "import sys, featstore.backbones; sys.exit('timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=12) | st.sampled_from([b"abc", b"\x80\x02", b"PK\x03\x04", b""]))
+def test_any_short_file_is_refused_in_words(tmp_path, data):
+    for name in ("x.pth", "x.safetensors"):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(BackboneError, match="weights file"):
+            build_backbone(BackboneConfig(name="timm:test_resnet", weights=name, resize=32), tmp_path)

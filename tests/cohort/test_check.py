@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,68 @@ def test_a_huge_image_is_not_decoded(folder: Path) -> None:
     data = check_cohort(found(folder), None, None, ImagesConfig(max_pixels=1000)).to_json()
     assert data["sample"]["decoded"] == 5
     assert data["sample"]["failed"] == 16
+
+
+def test_what_cannot_be_a_patch_is_never_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file with a good header and a gigabyte behind it, one that is no PNG, and a late pipe."""
+    names = [f"case_1_match_1_h&e_patch{n}.png" for n in (7, 8, 9)]
+    good = (folder / "case_01_match_1_h&e_patch1.png").read_bytes()
+    for name in names:
+        (folder / name).write_bytes(good)
+    found_before = found(folder)
+    os.truncate(folder / names[0], 1 << 30)
+    (folder / names[1]).write_bytes(b"no PNG" * 1000)
+    (folder / names[2]).unlink()
+    os.mkfifo(folder / names[2])
+    read: list[str] = []
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or real(path))
+    sample = check_cohort(found_before, None, None, RGB).data["sample"]
+    assert sample["failed"] == 3
+    assert not set(names) & set(read)
+    text = "\n".join(sample["failures"])
+    for word in ("1,073,741,824 bytes", "a text file", "not a regular file"):
+        assert word in text, word
+
+
+def test_broken_links_and_odd_names_are_reported(folder: Path) -> None:
+    (folder / "gone\033.png").symlink_to(folder / "nowhere")
+    (folder / "again").symlink_to(folder)
+    (folder / "x\033[31m").mkdir()
+    (folder / "x\033[31m" / "case_8_match_1_h&e_patch1.png").write_bytes(b"no PNG")
+    report = check_cohort(found(folder), None, None, RGB)
+    assert report.data["links_skipped"] == ["again", r"gone\x1b.png"]
+    assert report.data["broken_links"] == [r"gone\x1b.png"]
+    assert r"links that lead nowhere: gone\x1b.png" in report.warnings
+    assert any(r"x\x1b[31m/case_8" in failure for failure in report.data["sample"]["failures"])
+    assert "\033" not in "".join([report.to_text(), *report.warnings])
+
+
+def test_saving_replaces_whole_files(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers, and other processes that save, have either the old file or the new one."""
+    target, names = tmp_path / "out", ("report.json", "report.txt", "unparsed.csv", "contact_sheet.png")
+    check_cohort(found(folder), None, None, RGB).save(target)
+    (tmp_path / "kept").mkdir()
+    for name in names:
+        (tmp_path / "kept" / name).hardlink_to(target / name)
+    before = {name: (target / name).read_bytes() for name in names}
+    (folder / "=more.png").touch()
+    report = check_cohort(found(folder), LABELS, None, RGB, sample=4)
+    report.save(target)
+    for name in names:
+        assert (tmp_path / "kept" / name).read_bytes() == before[name], name
+        assert (target / name).read_bytes() != before[name], name
+
+    def fail(image: Image.Image, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    whole = (target / "contact_sheet.png").read_bytes()
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="No space"):
+        report.save(target)
+    assert (target / "contact_sheet.png").read_bytes() == whole
+    assert sorted(p.name for p in target.iterdir()) == sorted(names)
 
 
 def test_caps_in_numbers() -> None:

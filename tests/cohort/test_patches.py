@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from featstore.cohort.names import natural_key
 from featstore.cohort.patches import Scan, build_table, scan
+from featstore.cohort.tables import printable
 from featstore.config import PatchesConfig
 from featstore.errors import CohortError, ConfigError
 
@@ -295,6 +296,66 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
         "case_6_match_1_he_patch1.png",
     ]
     assert result.links_skipped == ["a_link", "broken.png", "real/loop", "real/same"]
+    assert result.broken_links == ["broken.png"]
+
+
+def test_links_that_lead_nowhere_fail_no_scan(tmp_path: Path) -> None:
+    touch(tmp_path, GOOD)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "ping").symlink_to("pong")
+    (tmp_path / "pong").symlink_to("ping")
+    (tmp_path / "below_a_file").symlink_to(f"{GOOD}/x")
+    result = scan(tmp_path, PLAIN)
+    assert result.table["path"].tolist() == [GOOD]
+    assert result.links_skipped == result.broken_links == ["below_a_file", "loop", "ping", "pong"]
+
+
+def test_a_link_that_cannot_be_looked_behind_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, GOOD)
+    (tmp_path / "link").symlink_to(tmp_path)
+
+    def refuse(entry: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("featstore.cohort.walk._target", refuse)
+    with pytest.raises(CohortError, match="Permission denied"):
+        scan(tmp_path, PLAIN)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_pipes_are_unparsed(tmp_path: Path, linked: bool) -> None:
+    folder, name = tmp_path / "patches", "case_1_match_1_h&e_patch9.png"
+    touch(folder, GOOD)
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(folder / "other.fifo")
+    if linked:
+        (folder / name).symlink_to(tmp_path / "pipe")
+    else:
+        os.mkfifo(folder / name)
+    result = scan(folder, SKIP)
+    assert result.table["path"].tolist() == [GOOD]
+    assert [(item.path, item.reason) for item in result.unparsed] == [(name, "not a regular file")]
+    assert result.ignored == {".fifo": 1}
+    with pytest.raises(CohortError, match="not a regular file"):
+        scan(folder, PLAIN)
+    (folder / GOOD).unlink()
+    with pytest.raises(CohortError, match="not a regular file"):
+        scan(folder, SKIP)
+
+
+def test_control_characters_never_reach_the_terminal(tmp_path: Path) -> None:
+    with pytest.raises(CohortError) as caught:
+        scan(tmp_path / "x\033[31m\x9b\x7f\r", PLAIN)
+    text = str(caught.value)
+    assert r"x\x1b[31m\x9b\x7f\x0d cannot be read" in text
+    assert "\n  where: " in text
+    assert printable("a\033é\udc80\n") == "a\\x1bé\\udc80\n"
+    named = build_table(["é\033/case_1_match_1_h&e_patch1.png", "é\033.png"], SKIP)
+    assert len(named.table) == 1
+    assert [item.path for item in named.unparsed] == [r"é\x1b.png"]
+    assert named.unparsed[0].reason != "path is not valid UTF-8"
 
 
 def geometry(folder: Path, text: str, paths: list[str]) -> Scan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from featstore.backbones import build_backbone, normalize
 from featstore.config import BackboneConfig
-from featstore.errors import ConfigError, FeatstoreError, FingerprintMismatch, ImageError
+from featstore.errors import ConfigError, FeatstoreError, FingerprintMismatch, ImageError, StoreError
 from featstore.extraction import ExtractionReport, extract
 from featstore.extraction.forward import Embedder, choose_compute_dtype
 from featstore.settings import Layers
@@ -107,10 +108,12 @@ def test_only_what_is_new_or_changed_is_computed(project: Path) -> None:
     os.utime(touched, (1, 1))
 
     report = run(project)
-    assert (report.plan.new, report.plan.changed, report.plan.touched) == (3, 1, 1)
+    assert (report.plan.new, report.plan.changed, report.refreshed) == (3, 1, 1)
     assert report.committed == 4
     assert old_parts < parts(project)
-    assert len(parts(project)) == len(old_parts) + 2  # one part for each of the two cases
+    # One part for each of the two cases, one for the touched file's new time stamp.
+    assert len(parts(project)) == len(old_parts) + 3
+    assert len(run(project).plan.stale) == 0
     after = contents(project / "store")
     assert after.keys() - before.keys() == {
         ("2", "h&e", "match_1", 99),
@@ -146,13 +149,70 @@ def test_an_excluded_case_is_not_pruned(project: Path) -> None:
     assert Store.open(project / "store").cases() == ["1", "2", "3"]
 
 
-def test_a_moved_file_keeps_its_embedding(project: Path) -> None:
+def test_a_moved_file_keeps_its_embedding_and_is_found_where_it_is(project: Path) -> None:
     run(project)
+    before = contents(project / "store")
     file = patch_file(project, "1", "match_1", "h&e", 10)
     (project / "patches" / "deeper").mkdir()
     file.rename(project / "patches" / "deeper" / file.name)
     report = run(project)
-    assert (report.committed, report.plan.moved, len(report.plan.vanished)) == (0, 1, 0)
+    assert (report.committed, report.refreshed, len(report.plan.vanished)) == (0, 1, 0)
+    assert contents(project / "store") == before
+    table = Store.open(project / "store").table()
+    assert all((project / "patches" / path).is_file() for path in table["path"])
+    assert run(project).refreshed == 0
+
+
+def test_positions_that_come_later_are_noted_without_computing(project: Path) -> None:
+    run(project)
+    before = contents(project / "store")
+    names = sorted(path.name for path in (project / "patches").iterdir())
+    for shift in (0, 5):  # first none were known, then they are corrected
+        rows = "\n".join(f"{name},{i + shift},{2 * i},10,20" for i, name in enumerate(names))
+        (project / "geometry.csv").write_text("path,x,y,width,height\n" + rows + "\n")
+        report = run(project, patches__geometry="geometry.csv")
+        assert (report.committed, report.refreshed) == (0, 132)
+        table = Store.open(project / "store").table().set_index("path")
+        assert table.loc[names[3], ["x0", "y0", "x2", "y2"]].tolist() == [3.0 + shift, 6, 13 + shift, 26]
+    assert run(project, patches__geometry="geometry.csv").refreshed == 0
+    assert run(project).refreshed == 0  # a folder without positions takes none away
+    assert contents(project / "store") == before
+
+
+def test_pruning_refuses_what_looks_like_a_mishap(project: Path) -> None:
+    run(project)
+    away = project / "away"
+    (project / "patches").rename(away)
+    (project / "patches").mkdir()
+    kept = patch_file(project, "1", "match_1", "h&e", 1)
+    kept.write_bytes((away / kept.name).read_bytes())
+    with pytest.raises(StoreError, match="131 of 132 embeddings would be dropped"):
+        run(project, extract__prune=True)
+    for file in away.iterdir():
+        if "case_3" not in file.name:
+            file.rename(project / "patches" / file.name)
+    (project / "patches" / "other_disk").symlink_to(project / "not_mounted")
+    with pytest.raises(StoreError, match=r"1 links lead nowhere \(other_disk"):
+        run(project, extract__prune=True)
+    assert len(contents(project / "store")) == 132
+    (project / "patches" / "other_disk").unlink()
+    assert run(project, extract__prune=True).pruned == 44
+
+
+def test_every_forward_pass_has_the_same_number_of_patches() -> None:
+    """Kernels are chosen by shape: with one shape, what is left to do changes no bit."""
+    backbone = build_backbone(BackboneConfig(**TINY), Path())
+    seen = []
+
+    class Counting(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(len(x))
+            return backbone.module(x)
+
+    embedder = Embedder(replace(backbone, module=Counting()), torch.device("cpu"), "float32", "float32", 8)
+    for count in (8, 3, 1, 20):
+        assert len(embedder(np.zeros((count, 32, 32, 3), np.uint8)).result()) == count
+    assert set(seen) == {8}
 
 
 def test_another_backbone_is_refused_and_nothing_changes(project: Path) -> None:
@@ -218,8 +278,6 @@ class _Hungry(torch.nn.Module):
 def test_when_memory_runs_out_the_batch_is_halved_and_the_run_goes_on(
     limit: int, batch_size: int, halved: int
 ) -> None:
-    from dataclasses import replace
-
     backbone = build_backbone(BackboneConfig(**TINY), Path())
     pixels = np.random.default_rng(0).integers(0, 256, (13, 32, 32, 3), np.uint8)
     plain = Embedder(backbone, torch.device("cpu"), "float32", "float32", 16)(pixels).result()
@@ -235,8 +293,6 @@ def test_when_memory_runs_out_the_batch_is_halved_and_the_run_goes_on(
 
 
 def test_memory_for_not_even_one_patch_is_an_error() -> None:
-    from dataclasses import replace
-
     backbone = build_backbone(BackboneConfig(**TINY), Path())
     hungry = Embedder(
         replace(backbone, module=_Hungry(backbone.module, 0)), torch.device("cpu"), "float32", "float32", 4

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import hashlib
 import json
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featstore.errors import StoreDamaged, StoreError
+from featstore.spec import EmbeddingSpec
 from featstore.store.format import (
     Group,
     Part,
@@ -31,7 +33,7 @@ records = st.builds(
     st.lists(
         st.builds(
             Part,
-            ids,
+            st.just("0" * 32 + ".h5"),
             st.integers(0, 2**40),
             st.just("0" * 64),
             st.lists(st.builds(Group, ids, ids, st.integers(1, 99), st.just("1-9")), max_size=2).map(tuple),
@@ -74,7 +76,9 @@ def test_other_files_are_no_records(name: str) -> None:
 
 
 def test_a_later_minor_version_may_add_fields() -> None:
-    record = Record("a", 1, "f" * 32, "now", "me", (Part("p", 1, "0" * 64, (Group("x", "s", 3, "1-3"),)),))
+    record = Record(
+        "a", 1, "f" * 32, "now", "me", (Part("a" * 32 + ".h5", 1, "0" * 64, (Group("x", "s", 3, "1-3"),)),)
+    )
     body = json.loads(encode_record(record))
     del body["sha256"]
     body["format"] = ["featstore", 1, 9]
@@ -116,3 +120,42 @@ def test_minor_versions_are_read_and_major_ones_refused(version: list[int], acce
     else:
         with pytest.raises(StoreError, match=r"featstore 1\.x"):
             decode_manifest(raw, "here")
+
+
+@pytest.mark.parametrize(
+    "change", [{"name": "../../x.h5"}, {"name": "/etc/passwd"}, {"size": -1}, {"size": "1"}]
+)
+def test_a_record_that_signs_itself_cannot_name_what_it_likes(change: dict) -> None:
+    part = {"name": "a" * 32 + ".h5", "size": 1, "sha256": "0" * 64, "groups": [], **change}
+    body = {
+        "format": ["featstore", 1, 0],
+        "case_id": "a",
+        "sequence": 1,
+        "fingerprint": "f",
+        "created": "now",
+        "writer": "me",
+        "parts": [part],
+    }
+    with pytest.raises(StoreDamaged):
+        decode_record(_signed(body), "here")
+
+
+def test_a_later_version_may_say_more_of_embeddings_unless_it_matters() -> None:
+    body = json.loads(encode_manifest(make_spec()))
+    body["spec"]["stain_normalization"] = None
+    assert decode_manifest(json.dumps(body).encode(), "here") == make_spec()
+    body["spec"]["stain_normalization"] = "macenko"
+    with pytest.raises(StoreError, match="stain_normalization"):
+        decode_manifest(json.dumps(body).encode(), "here")
+
+
+def test_a_field_added_later_leaves_older_fingerprints_alone() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Later(EmbeddingSpec):
+        mosaic: str = "none"
+
+    old = make_spec()
+    later = Later(**dataclasses.asdict(old))
+    assert later.fingerprint == old.fingerprint
+    assert Later.from_json(old.to_json(), "here") == later
+    assert dataclasses.replace(later, mosaic="hex").fingerprint != old.fingerprint
