@@ -175,6 +175,14 @@ class _ProgressBar:
             self._call.tell(f"warning: {warning}")
         if not len(plan.pending):
             return
+        alone = not {"OMP_NUM_THREADS", "SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID"} & set(
+            os.environ
+        )
+        if self._call.config.extract.shard is not None and alone:
+            self._call.tell(
+                "warning: shares that run on one machine slow each other down many times over, unless each "
+                "has its own cores: OMP_NUM_THREADS=1 featstore extract --shard … --workers 1"
+            )
         self._bar = Progress(
             MofNCompleteColumn(),
             BarColumn(),

@@ -20,6 +20,7 @@ from featstore.cohort import (
     read_labels,
     scan,
 )
+from featstore.cohort.names import natural_sorted
 from featstore.cohort.splits import Split, make_splits, write_splits
 from featstore.cohort.tables import write_csv
 from featstore.config import FeatstoreConfig
@@ -237,7 +238,8 @@ def split_project(config: FeatstoreConfig, project: Path) -> WrittenSplits:
 
 def _strangers_to_each_other(found: Scan, labels: Labels) -> CohortError:
     patches, table = (
-        ", ".join(list(ids)[:5]) for ids in (found.table["case_id"].cat.categories, labels.known)
+        ", ".join(list(ids)[:5])
+        for ids in (found.table["case_id"].cat.categories, natural_sorted(labels.known))
     )
     return CohortError(
         "no case has both patches and a label",

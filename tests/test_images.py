@@ -255,7 +255,7 @@ def test_black_pixels_longer_than_one_step_of_inflation(missing, level):
         body = chunk(b"IDAT", zlib.compress(raw, level)) + chunk(b"IEND", b"")
         data = SIGNATURE + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)) + body
         if missing:
-            with pytest.raises(ImageError, match="end early|truncated"):
+            with pytest.raises(ImageError, match=r"end early|truncated"):
                 read(data)
         else:
             assert read(data).pixels.shape == (height, width, 3)

@@ -220,12 +220,20 @@ def _warnings(data: Json, verdicts: Mapping[str, ColorVerdict], images: ImagesCo
         ("links that lead nowhere", data["broken_links"]),
         ("sampled files that cannot be decoded", sample["failures"]),
     )
+    sizes = data["sizes"] or {}
+    source = "embedded so far" if quality else "sampled"
     counted = (
         (count, "file names that could not be read are left out (unparsed.csv)"),
         (geometry["rows_without_patch"], "rows of the geometry CSV match no patch"),
         (geometry["patches_without_row"], "patches have no row in the geometry CSV"),
-        ((data["sizes"] or {}).get("below_32", 0), f"patches have a side below {SMALL_SIDE} px"),
-        *((quality.get(kind, 0), f"patches look {kind}") for kind in ("blank", "black", "blurred")),
+        (
+            sizes.get("below_32", 0),
+            f"of {sizes.get('patches', 0):,} patches {source} have a side below {SMALL_SIDE} px",
+        ),
+        *(
+            (quality.get(kind, 0), f"of {quality.get('patches', 0):,} patches embedded so far look {kind}")
+            for kind in ("blank", "black", "blurred")
+        ),
     )
     return [
         *(f"{title}: {shorten(items)}" for title, items in named if items),
@@ -246,5 +254,10 @@ def _color_warning(verdicts: Mapping[str, ColorVerdict], images: ImagesConfig) -
     other = "rgb" if images.channel_order == "bgr" else "bgr"
     text = f"red and blue look swapped in {', '.join(bad)}: look at contact_sheet.png; if so, "
     if any(verdict.verdict == "natural" for verdict in verdicts.values()):
-        return [text + "save these files again (--channel-order acts on all stains, and others look right)"]
+        # A verdict is a hint; a red chromogen can look natural either way.
+        return [
+            text.removesuffix("if so, ")
+            + f"if the lower row is right for every stain, --channel-order {other}; "
+            "if for some, save those files again"
+        ]
     return [text + f"--channel-order {other}"]

@@ -210,7 +210,7 @@ def contact_sheet(
     for row, (stain, patches) in enumerate(samples.items()):
         top = row * block + margin
         verdict = verdicts[stain].verdict if stain in verdicts else "undecided"
-        note = {"swapped": "red and blue look SWAPPED", "natural": "colours look right"}.get(
+        note = {"swapped": "red and blue look SWAPPED", "natural": "colours look natural (a hint)"}.get(
             verdict, "colours undecided: please look"
         )
         draw.text((margin, top), _drawable(f"{stain}: {note}"), fill="black", font=font)

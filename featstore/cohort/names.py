@@ -174,6 +174,8 @@ def split_stem(stem: str, lookup: Mapping[str, str]) -> Parts | str:
         return f"unknown stain '{stain_found}'"
     if len(tokens) < 4:
         return "no slice id between case and stain" if len(tokens) == 3 else "no case id"
+    if "" in tokens[2:]:
+        return "two underscores in a row"
     case, slice_id = tokens[1], "_".join(tokens[2:-1])
     if tokens[-2].casefold() in lookup:
         return "two stains in the name"

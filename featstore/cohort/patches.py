@@ -132,19 +132,11 @@ def build_table(
         raise _no_patches(Path(), Counter())
     if reader.unparsed and (patches.on_unparsed == "stop" or not reader.paths):
         raise unparsed_error(reader, EXAMPLES)
-    wanted: dict[str, str] = {}
-    for case in exclude:
-        check_id(case, "case", "exclude")
-        wanted.setdefault(normalize_case(case) if patches.normalize_cases else case, case)
+    wanted = _exclusions(exclude, patches.normalize_cases)
     hits = [used for used in wanted if used in reader.cases.codes_used]
     kept = reader.without_cases(hits)
     if not len(kept):
-        raise CohortError(
-            f"no patches are left: all {len(reader.paths)} belong to excluded cases",
-            expected="patches of other cases",
-            where="exclude",
-            fix="shorten the list `exclude`",
-        )
+        raise _all_excluded(len(reader.paths))
     frame = _frame(reader, kept)
     unmatched = missing = 0
     if patches.geometry is not None:
@@ -166,6 +158,15 @@ def build_table(
     )
 
 
+def _exclusions(cases: Iterable[str], normalize: bool) -> dict[str, str]:
+    """Case id as used → as first given."""
+    wanted: dict[str, str] = {}
+    for case in cases:
+        check_id(case, "case", "exclude")
+        wanted.setdefault(normalize_case(case) if normalize else case, case)
+    return wanted
+
+
 def _no_patches(folder: Path, ignored: Counter[str]) -> CohortError:
     others = ", ".join(f"{n} {suffix}" for suffix, n in ignored.most_common(EXAMPLES))
     return CohortError(
@@ -173,6 +174,15 @@ def _no_patches(folder: Path, ignored: Counter[str]) -> CohortError:
         expected="patches named case_ID_SLICE_STAIN_patchN.png",
         where="patches.folder",
         fix="give the folder of patches: featstore init FOLDER, or --patches-folder FOLDER",
+    )
+
+
+def _all_excluded(patches: int) -> CohortError:
+    return CohortError(
+        f"no patches are left: all {patches} belong to excluded cases",
+        expected="patches of other cases",
+        where="exclude",
+        fix="shorten the list `exclude`",
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import ImageError
-from featstore.images import Preprocessing, decode, prepare
+from featstore.images import Preprocessing, check_size, decode, prepare
 from featstore.quality import quality
 
 
@@ -42,15 +42,16 @@ class Raw:
     mtime_ns: int
 
 
-def read(folder: Path, path: str) -> Raw:
+def read(folder: Path, path: str, max_pixels: int) -> Raw:
     """Read one file.
 
     Raises:
-        ImageError: The file is gone or unreadable.
+        ImageError: The file is gone, unreadable, or larger than any image of ``max_pixels``.
     """
     try:
         with open(folder / path, "rb") as file:
             state = os.fstat(file.fileno())
+            check_size(state.st_size, max_pixels, path)
             return Raw(file.read(), state.st_mtime_ns)
     except OSError as error:
         raise ImageError(

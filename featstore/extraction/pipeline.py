@@ -105,7 +105,7 @@ def run_pass(
     paths = pending["path"].tolist()
 
     def read_job(row: int) -> tuple[int, Raw]:
-        return row, read(folder, paths[row])
+        return row, read(folder, paths[row], images.max_pixels)
 
     def decode_job(reading: Future[tuple[int, Raw]]) -> Loaded:
         row, raw = reading.result()

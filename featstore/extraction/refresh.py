@@ -73,7 +73,7 @@ def prune(writer: StoreWriter, vanished: pd.DataFrame, scan: Scan, total: int) -
     Raises:
         StoreError: There are broken links in the folder, or more than half of the store would go.
     """
-    broken = [path for path in scan.links_skipped if not (scan.folder / path).exists()]
+    broken = scan.broken_links
     if broken or len(vanished) > total / 2:
         raise StoreError(
             f"{len(vanished):,} of {total:,} embeddings would be dropped"
