@@ -59,11 +59,15 @@ class PartReader:
     def __init__(self, file: Any, path: Path) -> None:
         self._file = file
         self._path = path
-        self._open: tuple[tuple[str, str] | None, dict[str, Any]] = (None, {})
+        self._found: tuple[tuple[str, str] | None, Any] = (None, None)
 
     def columns(self, stain: str, slice_id: str) -> list[str]:
         """The names of the columns that a slice has here."""
-        return [name for name in COLUMNS if name in self._datasets(stain, slice_id)]
+        group = self._group(stain, slice_id)
+        try:
+            return [name for name in COLUMNS if name.encode() in group]
+        except (KeyError, OSError, RuntimeError, ValueError) as error:
+            raise self._damaged(f"the columns of {stain}/{slice_id} cannot be listed ({error})") from error
 
     def read(
         self, stain: str, slice_id: str, name: str, rows: int, into: NDArray[Any] | None = None
@@ -92,9 +96,7 @@ class PartReader:
     def _read(
         self, stain: str, slice_id: str, name: str, rows: int, into: NDArray[Any] | None
     ) -> NDArray[Any]:
-        data = self._datasets(stain, slice_id).get(name)
-        if data is None:
-            raise self._damaged(f"no column {name!r} in {stain}/{slice_id}")
+        data = self._dataset(stain, slice_id, name)
         expected = (rows, *data.shape[1:]) if into is None else into.shape
         if data.shape != expected or (into is not None and data.dtype != into.dtype):
             raise self._damaged(
@@ -107,31 +109,38 @@ class PartReader:
         data.read_direct(into)
         return into
 
-    def _datasets(self, stain: str, slice_id: str) -> dict[str, Any]:
-        """The columns of a slice; looked up once, since that costs as much as reading a small one."""
-        key = (stain, slice_id)
-        if self._open[0] != key:
-            self._open = (key, self._find(stain, slice_id))
-        return self._open[1]
+    def _dataset(self, stain: str, slice_id: str, name: str) -> Any:
+        group, key = self._group(stain, slice_id), name.encode()
+        if key not in group:
+            raise self._damaged(f"no column {name!r} in {stain}/{slice_id}")
+        # An external link or dataset would read (and trust) a file outside the store.
+        if group.links.get_info(key).type == h5py.h5l.TYPE_HARD:
+            found = h5py.h5o.open(group, key)
+            if isinstance(found, h5py.h5d.DatasetID):
+                layout = found.get_create_plist().get_layout()
+                if layout == h5py.h5d.CHUNKED:
+                    return h5py.Dataset(found)
+        raise self._damaged(f"{stain}/{slice_id}/{name} is no plain dataset of this file")
 
-    def _find(self, stain: str, slice_id: str) -> dict[str, Any]:
+    def _group(self, stain: str, slice_id: str) -> Any:
+        """The slice's group; looked up once, since that costs as much as reading a small column."""
+        key = (stain, slice_id)
+        if self._found[0] != key:
+            self._found = (key, self._find(stain, slice_id))
+        return self._found[1]
+
+    def _find(self, stain: str, slice_id: str) -> Any:
         try:
-            group = self._file[f"{component(stain)}/{component(slice_id)}"]
-            if group.file.id != self._file.id or not isinstance(group, h5py.Group):
-                raise self._damaged(f"the slice {stain}/{slice_id} lies outside this file")
-            links = {name: group.get(name, getlink=True) for name in group if name in COLUMNS}
-            found = {name: group[name] for name, link in links.items() if isinstance(link, h5py.HardLink)}
-            # An external link or dataset would read (and trust) a file outside the store.
-            odd = [
-                name
-                for name, data in found.items()
-                if not isinstance(data, h5py.Dataset) or data.external or data.is_virtual or data.ndim == 0
-            ]
+            group: Any = self._file.id
+            for name in (component(stain).encode(), component(slice_id).encode()):
+                if name not in group or group.links.get_info(name).type != h5py.h5l.TYPE_HARD:
+                    raise KeyError("it is not there, or only as a link")
+                group = h5py.h5o.open(group, name)
+                if not isinstance(group, h5py.h5g.GroupID):
+                    raise KeyError("it is no group")
         except (KeyError, OSError, RuntimeError, ValueError) as error:
             raise self._damaged(f"no readable slice {stain}/{slice_id} in this part ({error})") from error
-        if odd or len(found) != len(links):
-            raise self._damaged(f"columns of {stain}/{slice_id} are no plain datasets of this file")
-        return found
+        return group
 
     def _damaged(self, found: str, expected: str = "") -> StoreDamaged:
         return damaged(self._path, found, expected)

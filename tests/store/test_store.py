@@ -392,3 +392,31 @@ def test_parts_open_in_plain_h5py(writer: StoreWriter) -> None:
         assert file["h&e/match_1/features"].shape == (2, DIM)
         assert file["h&e/match_1/features"].fletcher32
         assert file.attrs["case_id"] == "Case 1"
+
+
+def test_a_part_that_points_elsewhere_is_refused(tmp_path: Path) -> None:
+    import h5py
+
+    from featstore.store.hdf5 import open_part
+
+    secret = tmp_path / "secret.h5"
+    with h5py.File(secret, "w") as file:
+        file.create_dataset("x", data=np.ones((2, 3), np.float16), chunks=(2, 3))
+        file.create_group("s")
+    part = tmp_path / "part.h5"
+    with h5py.File(part, "w") as file:
+        group = file.create_group("x/s")
+        group["features"] = h5py.ExternalLink(str(secret), "x")
+        group["patch"] = h5py.SoftLink("/x/s/quality")
+        group.create_dataset("quality", (2, 3), np.float16, external=[(str(tmp_path / "raw"), 0, 12)])
+        layout = h5py.VirtualLayout((2, 3), np.float16)
+        layout[:] = h5py.VirtualSource(secret, "x", (2, 3))
+        group.create_virtual_dataset("source_stat", layout)
+        group.create_group("geometry")
+        file["y"] = h5py.ExternalLink(str(secret), "/")
+    with open_part(part, part.stat().st_size) as reader:
+        for name in ("features", "patch", "quality", "source_stat", "geometry"):
+            with pytest.raises(StoreDamaged, match="no plain dataset"):
+                reader.read("x", "s", name, 2)
+        with pytest.raises(StoreDamaged, match="only as a link"):
+            reader.read("y", "s", "features", 2)
