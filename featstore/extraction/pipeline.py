@@ -7,7 +7,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -117,10 +116,7 @@ def run_pass(
     ):
         try:
             raw = _ahead(readers, read_job, range(len(paths)), 2 * workers + _READERS)
-            if embedder.device.type == "cpu":
-                decoded = _in_turns(decoders, decode_job, raw, embedder)
-            else:
-                decoded = _ahead(decoders, decode_job, raw, 2 * embedder.batch_size + 2 * workers)
+            decoded = _ahead(decoders, decode_job, raw, 2 * embedder.batch_size + 2 * workers)
             for rows, loaded in _batches(decoded, paths, images, embedder, progress):
                 if stopped():
                     break
@@ -163,19 +159,6 @@ def _ahead(
             yield window.popleft()
     while window:
         yield window.popleft()
-
-
-def _in_turns(
-    pool: ThreadPoolExecutor, job: Callable[[T], R], items: Iterator[T], embedder: Embedder
-) -> Iterator[Future[R]]:
-    """Results in the order of the items, a batch at a time and none during a forward pass.
-
-    On a CPU decoding and forward pass share the cores, so nothing is won by doing both at
-    once; and a core that decodes keeps the other ones waiting at every barrier of the forward
-    pass. Taking turns reaches 0.9 and more of the shared limit, doing both at once 0.8.
-    """
-    while chunk := list(islice(items, embedder.batch_size)):
-        yield from [pool.submit(job, item) for item in chunk]
 
 
 def _batches(

@@ -58,23 +58,19 @@ def refresh(writer: StoreWriter, store: Store, stale: pd.DataFrame) -> int:
     return len(stale)
 
 
-def prune(writer: StoreWriter, vanished: pd.DataFrame, scan: Scan, total: int) -> int:
-    """Drop embeddings whose patch is gone, unless so much is gone that it looks like a mishap.
+def check_prune(vanished: pd.DataFrame, scan: Scan, total: int) -> None:
+    """Refuse to prune where so much is gone that it looks like a mishap.
 
     Args:
-        writer: The store.
         vanished: Rows of `Store.sources` whose patch is not in the folder.
         scan: The folder as it was read.
         total: Live embeddings in the store.
-
-    Returns:
-        How many were dropped. A row whose file is back, or that was made anew meanwhile, stays.
 
     Raises:
         StoreError: There are broken links in the folder, or more than half of the store would go.
     """
     broken = scan.broken_links
-    if broken or len(vanished) > total / 2:
+    if len(vanished) and (broken or len(vanished) > total / 2):
         raise StoreError(
             f"{len(vanished):,} of {total:,} embeddings would be dropped"
             + (f", and {len(broken):,} links lead nowhere ({broken[0]}, …)" if broken else ""),
@@ -83,6 +79,19 @@ def prune(writer: StoreWriter, vanished: pd.DataFrame, scan: Scan, total: int) -
             fix="check that all disks are mounted and patches.folder is the whole folder; if these patches "
             "are really gone, remove the broken links, or make a new store of the rest (--store FOLDER)",
         )
+
+
+def prune(writer: StoreWriter, vanished: pd.DataFrame, scan: Scan) -> int:
+    """Drop embeddings whose patch is gone.
+
+    Args:
+        writer: The store.
+        vanished: Rows of `Store.sources` whose patch is not in the folder.
+        scan: The folder as it was read.
+
+    Returns:
+        How many were dropped. A row whose file is back, or that was made anew meanwhile, stays.
+    """
     dropped = 0
     for case_id, rows in vanished.groupby("case_id", sort=False):
         gone = rows[[not (scan.folder / path).exists() for path in rows["path"]]]

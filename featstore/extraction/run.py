@@ -24,7 +24,7 @@ from featstore.extraction import forward
 from featstore.extraction.committer import Committer
 from featstore.extraction.pipeline import Observer, Progress, run_pass
 from featstore.extraction.plan import Plan, make_plan
-from featstore.extraction.refresh import prune, refresh
+from featstore.extraction.refresh import check_prune, prune, refresh
 from featstore.extraction.shards import Shard, parse_shard
 from featstore.spec import EmbeddingSpec
 from featstore.store import Store, StoreWriter
@@ -157,6 +157,8 @@ def extract(
     check_writable(path, spec)
     store = Store.open(path) if existing else None
     plan = make_plan(found, store, shard, config.images)
+    if config.extract.prune:  # before hours of work, not after them
+        check_prune(plan.vanished, found, plan.stored)
     announce(found, plan)
     return _carry_out(config, project, found, plan, store, backbone, spec, device, shard, observe)
 
@@ -203,7 +205,7 @@ def _carry_out(
             refreshed = refresh(writer, store, plan.stale)
         # One share prunes for all of them.
         if settings.prune and shard.index == 0 and interrupted is None:
-            pruned = prune(writer, plan.vanished, found, plan.stored)
+            pruned = prune(writer, plan.vanished, found)
     return ExtractionReport(
         plan=plan,
         progress=progress,

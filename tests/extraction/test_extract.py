@@ -186,8 +186,12 @@ def test_pruning_refuses_what_looks_like_a_mishap(project: Path) -> None:
     (project / "patches").mkdir()
     kept = patch_file(project, "1", "match_1", "h&e", 1)
     kept.write_bytes((away / kept.name).read_bytes())
+    patch_file(project, "9", "match_1", "h&e", 1).write_bytes(kept.read_bytes())
     with pytest.raises(StoreError, match="131 of 132 embeddings would be dropped"):
         run(project, extract__prune=True)
+    # It is said before any work: the new case has not been embedded.
+    assert "9" not in Store.open(project / "store").cases()
+    patch_file(project, "9", "match_1", "h&e", 1).unlink()
     for file in away.iterdir():
         if "case_3" not in file.name:
             file.rename(project / "patches" / file.name)
