@@ -18,6 +18,8 @@ from heads.config import Config
 if TYPE_CHECKING:
     from featstore.cohort import CohortReport, Scan
     from featstore.extraction import ExtractionReport, Plan, Progress
+    from heads.project import TrainedRun
+    from heads.training.loop import Progress as TrainingProgress
 
 COHORT = ("patches", "images", "labels", "")
 
@@ -96,6 +98,46 @@ def split(call: Call[Config]) -> None:
 
     written = split_project(call.config, call.project)
     call.show(written.to_text(), written.to_json())
+
+
+@command(("head", "train", "runs"))
+def train_head(
+    call: Call[Config],
+    resume: Path | None = typer.Option(None, help="go on with this run, by its own settings"),
+) -> None:
+    """Train a head on the store and evaluate it on the test cases, into a new run folder."""
+    run = _train(call, resume)
+    call.show(run.to_text(), run.to_json())
+    if run.interrupted is not None:
+        raise typer.Exit(128 + run.interrupted)
+
+
+def _train(call: Call[Config], resume: Path | None = None, by_epoch: bool = True) -> TrainedRun:
+    from heads.project import train_project
+
+    def show(progress: TrainingProgress, epochs: int) -> None:
+        row = progress.history[-1]
+        call.tell(
+            f"epoch {progress.epoch:3}/{epochs}  loss {row['train_loss']:.4f}  "
+            f"val {row['val_cross_entropy']:.4f}  AUC {row['val_auc']:.3f}  lr {row['lr']:.2g}  "
+            f"{row['seconds']:.2f} s{'  best' if progress.best_epoch == progress.epoch else ''}"
+        )
+
+    observe = show if by_epoch else lambda progress, epochs: None
+    return train_project(call.config, call.project, resume, call.tell, observe)
+
+
+@command(("runs",))
+def evaluate(
+    call: Call[Config],
+    run: Path | None = typer.Argument(None, help="run folder (default: the newest finished one)"),
+    part: str = typer.Option("test", help="cases to evaluate: test | val | train"),
+) -> None:
+    """Evaluate a run again, its best and its last epoch, from the checkpoints alone."""
+    from heads.project import evaluate_project
+
+    done = evaluate_project(call.config, call.project, run, part, call.tell)
+    call.show(done.to_text(), done.to_json())
 
 
 @command((*COHORT, "backbone", "extract"), presets=_gpu)

@@ -23,6 +23,7 @@ from featstore.extraction.committer import Committer
 from featstore.extraction.pipeline import run_pass
 from featstore.extraction.run import decoding_threads
 from featstore.images import decode, prepare
+from featstore.process import keep_freed_memory
 from featstore.spec import EmbeddingSpec
 from featstore.store import StoreWriter
 
@@ -95,7 +96,7 @@ def bench_extract(
         stored_dtype=config.extract.dtype,
     )
     if device.type == "cpu":
-        forward.keep_freed_memory()
+        keep_freed_memory()
     runner = _Runner(config, Scan(table, folder), backbone, spec, device)
     runner.pipeline(), runner.model(4)  # warm caches, kernels and memory
     results = []

@@ -81,11 +81,16 @@ class CommandLine(Generic[C]):
     """
 
     def __init__(self, model: type[C], summary: str) -> None:
+        sections: dict[str, Sequence[str]] = {}
+
         class Canonical(Commands):
             def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> Any:
-                words = canonical(sys.argv[1:] if args is None else args, settings.flag_names(model))
-                return super().main(words, *more, **extra)
+                words = list(sys.argv[1:] if args is None else args)
+                command = next((word for word in words if not word.startswith("-")), "")
+                names = settings.flag_names(model, sections.get(command, ()))
+                return super().main(canonical(words, names), *more, **extra)
 
+        self._sections = sections
         self.app = typer.Typer(
             cls=Canonical,
             no_args_is_help=True,
@@ -107,7 +112,8 @@ class CommandLine(Generic[C]):
         """Make a function a command that also takes every setting as a flag.
 
         Args:
-            shown: Sections whose flags `--help` lists; the others work all the same.
+            shown: Sections that the command is about, whose flags `--help` lists; the others work
+                all the same, if need be as ``--section-key``.
             in_project: Whether a `featstore.yaml` must be there.
             presets: Settings that the command's own options stand for.
         """
@@ -115,14 +121,15 @@ class CommandLine(Generic[C]):
         def register(function: Callable[..., None]) -> Callable[..., None]:
             own = list(inspect.signature(function).parameters.values())[1:]
             own = [p.replace(annotation=_annotations(function)[p.name]) for p in own]
+            name = function.__name__.replace("_", "-")
 
             def run(**values: Any) -> None:
                 mine = {p.name: values[p.name] for p in own}
                 try:
-                    call = self._call(values, in_project, presets(mine) if presets else {})
+                    call = self._call(values, shown, in_project, presets(mine) if presets else {})
                     function(call, **mine)
                 except FeatstoreError as error:
-                    print(f"featstore {run.__name__}: {error}", file=sys.stderr)
+                    print(f"featstore {name}: {error}", file=sys.stderr)
                     raise typer.Exit(error.exit_code) from error
                 except BrokenPipeError:
                     # `featstore info | head`: nobody reads on, and Python must not complain at its end.
@@ -131,23 +138,24 @@ class CommandLine(Generic[C]):
                 except OSError as error:
                     where = f"\n  where: {error.filename}" if error.filename else ""
                     print(
-                        f"featstore {run.__name__}: {error.strerror or error}{where}\n"
+                        f"featstore {name}: {error.strerror or error}{where}\n"
                         "  to do: check this path, its permissions and the space on its disk",
                         file=sys.stderr,
                     )
                     raise typer.Exit(2) from error
 
+            self._sections[name] = shown
             parameters = [*own, *_common(), *self._setting_flags(shown)]
             run.__name__, run.__doc__ = function.__name__, function.__doc__
             run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
             run.__annotations__ = {p.name: p.annotation for p in parameters}
-            self.app.command(function.__name__)(run)
+            self.app.command(name)(run)
             return function
 
         return register
 
     def _setting_flags(self, shown: Sequence[str]) -> list[inspect.Parameter]:
-        names = settings.flag_names(self._model)
+        names = settings.flag_names(self._model, shown)
         parameters = []
         for leaf in settings.leaves(self._model):
             flag = names[leaf.path][0]
@@ -167,7 +175,9 @@ class CommandLine(Generic[C]):
             )
         return parameters
 
-    def _call(self, values: dict[str, Any], in_project: bool, presets: dict[str, Any]) -> Call[C]:
+    def _call(
+        self, values: dict[str, Any], shown: Sequence[str], in_project: bool, presets: dict[str, Any]
+    ) -> Call[C]:
         """The settings: defaults, featstore.yaml, --config, --set, flags; the last word wins."""
         here = Path.cwd()
         layers = settings.Layers()
@@ -186,7 +196,7 @@ class CommandLine(Generic[C]):
             layers.add(self._model, read_file(values["config_file"]), str(values["config_file"]))
         for text in values["assignments"] or ():
             layers.add(self._model, settings.parse_assignment(text, self._model), f"--set {text}")
-        names = settings.flag_names(self._model)
+        names = settings.flag_names(self._model, shown)
         for leaf in settings.leaves(self._model):
             value, flag = values[leaf.path.replace(".", "__")], names[leaf.path][0]
             if isinstance(value, str):

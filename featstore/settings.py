@@ -56,6 +56,13 @@ class Leaf:
         return self._path_kind == "perhaps"
 
     @property
+    def alias(self) -> str | None:
+        """A second name of its flag, as `model` of ``head.name``."""
+        extra = self.info.json_schema_extra
+        alias = extra.get("alias") if isinstance(extra, dict) else None
+        return alias if isinstance(alias, str) else None
+
+    @property
     def _path_kind(self) -> object:
         extra = self.info.json_schema_extra
         return extra.get("path") if isinstance(extra, dict) else None
@@ -72,18 +79,27 @@ def leaves(model: type[BaseModel]) -> Iterator[Leaf]:
             yield Leaf("", name, info)
 
 
-def flag_names(model: type[BaseModel]) -> dict[str, list[str]]:
+def flag_names(model: type[BaseModel], own: Sequence[str] = ()) -> dict[str, list[str]]:
     """The flags of every setting, by its path; the first one is the name that `--help` shows.
 
     ``--section-key`` always works; ``--key`` where no other section has this key; ``--section``
     for the setting that says what or where a section is about (``--backbone``, ``--labels``,
     ``--store``, ``--patches``).
+
+    Args:
+        model: The config.
+        own: The sections that a command is about: if just one of them has a key, ``--key`` means
+            this one (``train-head --seed``), whatever other sections have.
     """
     found = list(leaves(model))
     count = Counter(leaf.key for leaf in found)
+    here = Counter(leaf.key for leaf in found if leaf.section in own)
     names = {}
     for leaf in found:
-        flags = [leaf.key] if count[leaf.key] == 1 else []
+        mine = here[leaf.key] == 1 and leaf.section in own
+        flags = [leaf.key] if mine or count[leaf.key] == 1 else []
+        if leaf.alias:
+            flags.insert(0, leaf.alias)
         if leaf.section:
             flags.append(f"{leaf.section}-{leaf.key}")
             if leaf.key in _PRINCIPAL:
@@ -172,6 +188,9 @@ def unknown_key(model: type[BaseModel], path: str, origin: str) -> ConfigError:
     if "." not in path:
         known += sorted({leaf.section for leaf in leaves(model)} - {""})
     nearest = nearest_name(path, known)
+    if nearest and "." not in path:  # without a section any section's key may be meant
+        key = nearest.rpartition(".")[2]
+        nearest = " or ".join(name for name in known if name.rpartition(".")[2] == key)
     return ConfigError(
         f"there is no setting {path!r}",
         expected=f"perhaps {nearest}" if nearest else "one of the settings of `featstore extract --help`",

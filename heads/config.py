@@ -1,25 +1,266 @@
-"""The settings of heads, training and studies, and the whole config of a project."""
+"""The settings of heads, training and runs, and the whole config of a project.
+
+What a head sets apart for itself (batch size, label smoothing, …) is ``auto`` here; `resolved` puts
+the head's own values in its place. No torch in this file: `featstore --help` reads it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
 from pydantic import Field
 
-from featstore.config import FeatstoreConfig, Section
+from featstore.config import PATH, FeatstoreConfig, Section, Texts
+from featstore.errors import ConfigError
+
+Level = Literal["patch", "slice", "stain"]
+Weight = Annotated[float, Field(ge=0)]
+PerLevel = Weight | dict[Level, Weight]
+Auto = Literal["auto"]
+
+
+class HierarchicalConfig(Section):
+    """The hierarchical head."""
+
+    embed_dim: int = Field(512, ge=1, description="hierarchical: width of the projected embeddings")
+    attention_hidden: int = Field(
+        128, ge=1, description="hierarchical: width of the attention's hidden layer"
+    )
+    attention_pool: Literal["tanh", "gated"] = Field("tanh", description="hierarchical: tanh | gated")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout wherever none is set apart")
+    projector_dropout: float | None = Field(
+        None, ge=0, lt=1, description="hierarchical: after the projector"
+    )
+    attention_dropout: float | None = Field(
+        None, ge=0, lt=1, description="hierarchical: inside the attention pools"
+    )
+    classifier_dropout: float | None = Field(
+        None, ge=0, lt=1, description="hierarchical: before the classifier"
+    )
+
+
+class DualStreamConfig(Section):
+    """The dual-stream head."""
+
+    use_hidden_layer: bool = Field(True, description="dual_stream: project the features first")
+    hidden_dim: int = Field(256, ge=1, description="dual_stream: width of that layer")
+    attention_dim: int = Field(128, ge=1, description="dual_stream: width of queries, keys and score layer")
+    attention_type: Literal["gated", "cosine", "dsmil", "abmil"] = Field(
+        "gated", description="dual_stream: gated | cosine | dsmil | abmil"
+    )
+    fusion_method: Literal["concat", "weighted", "cross_attn"] = Field(
+        "concat", description="dual_stream: concat | weighted | cross_attn"
+    )
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout wherever none is set apart")
+    temperature_start: float = Field(
+        10.0, gt=0, description="dual_stream: temperature of the selection in the first epoch"
+    )
+    temperature_end: float = Field(
+        1.0, gt=0, description="dual_stream: in the last epoch and in evaluation; never below"
+    )
+    temperature_schedule: Literal["linear", "cosine", "exponential"] = Field(
+        "linear", description="dual_stream: linear | cosine | exponential"
+    )
+
+
+class HeadConfig(DualStreamConfig, HierarchicalConfig):
+    """Which head learns, and its settings; each head reads its own."""
+
+    name: str = Field(
+        "hierarchical",
+        description="hierarchical | dual_stream, or one that head.plugin registers",
+        json_schema_extra={"alias": "model"},
+    )
+    plugin: str | None = Field(
+        None,
+        description="Python file that registers a head or a loss of your own",
+        json_schema_extra=PATH,
+    )
+    options: dict[str, Any] = Field({}, description="settings of a head of your own: {name: value}")
+
+
+class SubCases(Section):
+    """Cases that are split into sub-bags, in training alone."""
+
+    n: int = Field(ge=2, description="sub-bags a case")
+    by: Literal["range", "stride", "slice"] = "stride"
+    classes: Texts = Field([], description="only cases of these classes; all by default")
 
 
 class TrainConfig(Section):
     """How a head is trained."""
 
     epochs: int = Field(30, ge=1, description="passes over the training cases")
+    batch_size: Annotated[int, Field(ge=1)] | Auto = Field(
+        "auto", description="cases a batch; auto: hierarchical 1, dual_stream 4"
+    )
+    gradient_accumulation_steps: int = Field(1, ge=1, description="batches an optimiser step")
+    patch_budget: int = Field(
+        65536, ge=1, description="patches computed at once; larger batches are split, with the same result"
+    )
+    optimizer: Literal["adam", "adamw"] = Field("adam", description="adam | adamw")
+    lr: float = Field(3e-4, gt=0, description="learning rate")
+    weight_decay: float = Field(2e-4, ge=0, description="weight decay")
+    scheduler: Literal["plateau", "cosine", "none"] = Field(
+        "plateau", description="plateau | cosine | none"
+    )
+    scheduler_patience: int = Field(3, ge=0, description="plateau: epochs without a better validation loss")
+    scheduler_factor: float = Field(0.5, gt=0, lt=1, description="plateau: what the rate is multiplied by")
+    min_lr: float = Field(1e-6, ge=0, description="plateau, cosine: the lowest rate")
+    patience: int | None = Field(
+        5, ge=1, description="early stopping: epochs without a better validation loss; null: never stop"
+    )
+    min_delta: float = Field(0.001, ge=0, description="early stopping: what counts as better")
+    min_epochs: int = Field(1, ge=1, description="early stopping: not before so many epochs")
+    grad_clip: Weight | Auto = Field(
+        "auto", description="largest norm of the gradient; 0: any; auto: hierarchical 0, dual_stream 0.5"
+    )
+    amp: Literal["off", "bf16", "fp16"] = Field("off", description="off | bf16 | fp16 (GPU)")
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="moving average of parameters and buffers, a step; 0: off"
+    )
+    loss: str = Field("cross_entropy", description="cross_entropy, or one that head.plugin registers")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] | Auto = Field(
+        "auto", description="label smoothing; auto: hierarchical 0, dual_stream 0.1"
+    )
+    use_class_weights: bool = Field(False, description="weight the loss by class")
+    class_weights: Literal["balanced"] | list[Weight] | dict[str, Weight] = Field(
+        "balanced", description="balanced | [w, …] in the order of classes | {class: w}"
+    )
+    standardize: Literal["train", "none"] = Field(
+        "train", description="train: per feature, by mean and deviation over the training cases | none"
+    )
+    reg_weight_entropy: PerLevel | Auto = Field(
+        "auto",
+        description="penalty on attention's entropy, one weight or {level: weight}; auto: dual_stream 0.01",
+    )
+    reg_entropy_form: Literal["squared", "linear"] = Field("squared", description="squared | linear")
+    reg_entropy_mode: Literal["max", "min"] = Field("max", description="wanted: high (max) or low (min)")
+    reg_entropy_normalize: bool = Field(False, description="divide the entropy by log N")
+    reg_weight_confidence: Weight | Auto = Field(
+        "auto", description="penalty on the spread of selection scores; auto: dual_stream 0.01"
+    )
+    reg_confidence_target: float | None = Field(
+        2.0, ge=0, description="the spread that is wanted; null: linear, the more the better"
+    )
+    reg_weight_l1: PerLevel = Field(0.0, description="L1 on attention logits: weight or {level: weight}")
+    reg_weight_l2: PerLevel = Field(0.0, description="L2 on attention logits: weight or {level: weight}")
+    reg_level_decay: float = Field(
+        1.0, gt=0, le=1, description="penalties: × this for each level above the patches"
+    )
+    reg_epoch_decay: float = Field(1.0, gt=0, le=1, description="penalties: × this for each epoch")
+    seed: int = Field(42, ge=0, lt=2**32, description="seed of weights, order, sampling and dropout")
     per_slice_cap: int | None = Field(
         800, ge=1, description="patches of a slice used in an epoch of training, drawn afresh in each"
     )
     max_slices_per_stain: int | None = Field(
         None, ge=1, description="slices of a stain used in training; a choice fixed for the run"
     )
+    sampling: Literal["random", "even", "entropy", "all", "auto"] = Field(
+        "auto",
+        description="patches of a bag in training: random | even | entropy | all; "
+        "auto: hierarchical all, dual_stream random",
+    )
+    bag_size: int = Field(64, ge=1, description="patches a bag in training, unless sampling is all")
+    sub_cases: SubCases | None = Field(
+        None, description="{n, by: range|stride|slice, classes}: split training cases into n sub-bags"
+    )
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d{1,2})?)$", description="auto | cpu | cuda[:N]"
+    )
+    memory_gb: Weight | Auto = Field(
+        "auto", description="embeddings kept in memory; more are read in every epoch; auto: half of it"
+    )
+    load_splits: str | None = Field(
+        None, description="npz file of a split, or a folder of them", json_schema_extra=PATH
+    )
+    fold: int | None = Field(None, ge=0, lt=100, description="which split, from 0: file fold + 1")
+    plot_every: int = Field(0, ge=0, description="draw the curves every so many epochs; 0: at the end")
+
+
+class RunsConfig(Section):
+    """Where runs are kept and what is written of them."""
+
+    path: str = Field("runs", description="folder of the run folders", json_schema_extra=PATH)
+    suffix: str | None = Field(None, pattern=r"^[\w.+-]{1,64}$", description="run_YYYYMMDD_HHMMSS_SUFFIX")
+    threshold: Literal["argmax", "validation"] = Field(
+        "argmax",
+        description="class of two: the more probable one | by the validation cases (Youden's index)",
+    )
+    analyze_attention: bool = Field(
+        False, description="write the test cases' attention, patch by patch, to attention_analysis/"
+    )
+    resamples: int = Field(2000, ge=0, description="bootstrap resamples of the intervals")
 
 
 class Config(FeatstoreConfig):
     """Everything that `featstore.yaml` may say."""
 
+    head: HeadConfig = HeadConfig()
     train: TrainConfig = TrainConfig()
+    runs: RunsConfig = RunsConfig()
+
+
+# What `auto` stands for, by the seed documents. A head that a plugin registers has the first's.
+HEAD_DEFAULTS: dict[str, Mapping[str, Any]] = {
+    "hierarchical": {
+        "batch_size": 1,
+        "grad_clip": 0.0,
+        "label_smoothing": 0.0,
+        "reg_weight_entropy": 0.0,
+        "reg_weight_confidence": 0.0,
+        "sampling": "all",
+    },
+    "dual_stream": {
+        "batch_size": 4,
+        "grad_clip": 0.5,
+        "label_smoothing": 0.1,
+        "reg_weight_entropy": 0.01,
+        "reg_weight_confidence": 0.01,
+        "sampling": "random",
+    },
+}
+_CONFIGS: dict[str, type[Section]] = {"hierarchical": HierarchicalConfig, "dual_stream": DualStreamConfig}
+
+
+def resolved(config: Config) -> Config:
+    """The config with the head's own values in place of every ``auto`` of a training's course."""
+    defaults = HEAD_DEFAULTS.get(config.head.name, HEAD_DEFAULTS["hierarchical"])
+    chosen = {name: value for name, value in defaults.items() if getattr(config.train, name) == "auto"}
+    return config.model_copy(update={"train": config.train.model_copy(update=chosen)})
+
+
+def unused_settings(head: HeadConfig) -> list[str]:
+    """Settings that were given, but that this head does not read."""
+    own = _CONFIGS.get(head.name)
+    if own is None:
+        return []
+    read = {*own.model_fields, "name", "plugin"}
+    defaults = HeadConfig()
+    given = {name for name in head.model_fields_set if getattr(head, name) != getattr(defaults, name)}
+    return sorted(f"head.{name}" for name in given - read)
+
+
+def weights_by_level(value: PerLevel, levels: tuple[str, ...], name: str, decay: float) -> dict[str, float]:
+    """A penalty's weight for every attention level of a head.
+
+    Args:
+        value: One weight for all levels, or by level.
+        levels: The head's levels, patches first.
+        name: The setting, for messages.
+        decay: What each level above the patches is multiplied by once more.
+
+    Raises:
+        ConfigError: A level is named that the head has not.
+    """
+    by_level = value.items() if isinstance(value, dict) else dict.fromkeys(levels, value).items()
+    given: dict[str, float] = {str(level): weight for level, weight in by_level}
+    if strange := [level for level in given if level not in levels]:
+        raise ConfigError(
+            f"{name} names the level {strange[0]!r}",
+            expected=f"one of {', '.join(levels) or 'no level: this head has no attention'}",
+            where=name,
+            fix="leave it out, or choose another head",
+        )
+    return {level: given.get(level, 0.0) * decay**i for i, level in enumerate(levels)}

@@ -73,7 +73,7 @@ def test_order_of_the_layers(tmp_path: Path) -> None:
         ({"backbone": {"nmae": "x"}}, "'backbone.nmae'", "backbone.name"),
         ({"train": {"epoch": 3}}, "'train.epoch'", "train.epochs"),
         ({"extract": {"batchsize": 3}}, "'extract.batchsize'", "extract.batch_size"),
-        ({"train": {"batch_size": 3}}, "'train.batch_size'", "extract.batch_size"),
+        ({"train": {"per_slice_caps": 3}}, "'train.per_slice_caps'", "train.per_slice_cap"),
         ({"per_slice_cap": 3}, "'per_slice_cap'", "train.per_slice_cap"),
         ({"class": {"a": 1}}, "'class'", "classes"),
         ({"imges": None}, "'imges'", "images"),

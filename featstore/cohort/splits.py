@@ -114,8 +114,7 @@ def _chosen(cases: Sequence[str], mask: NDArray[np.bool_]) -> tuple[str, ...]:
 def write_splits(splits: Sequence[Split], folder: Path) -> list[Path]:
     """Write ``data_splits_01.npz`` … (fold k in file k + 1).
 
-    Each holds ``train_cases``, ``val_cases`` and ``test_cases``: int64 where all ids are
-    numbers, else text. No pickle.
+    Each holds ``train_cases``, ``val_cases`` and ``test_cases`` (`save_split`).
 
     Raises:
         CohortError: There are such files already.
@@ -127,17 +126,19 @@ def write_splits(splits: Sequence[Split], folder: Path) -> list[Path]:
             fix="move them away, or write elsewhere with --split-path FOLDER",
         )
     folder.mkdir(parents=True, exist_ok=True)
-    cases = [case for part in splits[0].parts().values() for case in part]
-    numeric = all(case.isascii() and case.isdigit() and case == str(int(case[:18])) for case in cases)
-    paths = []
-    for k, split in enumerate(splits):
-        paths.append(folder / f"data_splits_{k + 1:02d}.npz")
-        arrays = {
-            name: np.array(ids, np.int64) if numeric else np.array(ids, np.str_)
-            for name, ids in split.parts().items()
-        }
-        np.savez(paths[-1], allow_pickle=False, **arrays)
+    paths = [folder / f"data_splits_{k + 1:02d}.npz" for k in range(len(splits))]
+    for path, split in zip(paths, splits, strict=True):
+        save_split(path, split)
     return paths
+
+
+def save_split(path: Path, split: Split) -> None:
+    """Write one split: ids as int64 where all of them are numbers, else as text. No pickle."""
+    cases = [case for part in split.parts().values() for case in part]
+    numeric = all(case.isascii() and case.isdigit() and case == str(int(case[:18])) for case in cases)
+    dtype = np.int64 if numeric else np.str_
+    arrays = {name: np.array(ids, dtype) for name, ids in split.parts().items()}
+    np.savez(path, allow_pickle=False, **arrays)
 
 
 def read_split(

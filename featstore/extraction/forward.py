@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import platform
 from collections.abc import Iterator
 from typing import Any
 
@@ -194,26 +192,6 @@ class Embedder:
         with torch.autocast(self.device.type, self._compute, enabled=self._compute != torch.float32):
             features: torch.Tensor = self._module(x)
         return features.to(self._stored)
-
-
-def keep_freed_memory() -> bool:
-    """Tell glibc's malloc not to give large freed blocks back to the kernel.
-
-    A forward pass on a CPU frees and takes the same hundreds of megabytes for every
-    batch; getting them anew costs up to half of the time in page faults.
-
-    Returns:
-        Whether malloc took the advice (it is glibc).
-    """
-    if platform.system() != "Linux":
-        return False
-    trim_threshold, top_pad, mmap_max = -1, -2, -4
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    calls = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 << 20))
-    return all(mallopt(parameter, value) == 1 for parameter, value in calls)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

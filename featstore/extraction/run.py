@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +23,7 @@ from featstore.extraction.pipeline import Observer, Progress, run_pass
 from featstore.extraction.plan import Plan, make_plan
 from featstore.extraction.refresh import check_prune, prune, refresh
 from featstore.extraction.shards import Shard, parse_shard
+from featstore.process import keep_freed_memory, stop_on_signal
 from featstore.spec import EmbeddingSpec
 from featstore.store import Store, StoreWriter
 from featstore.store.records import read_manifest
@@ -178,7 +176,7 @@ def _carry_out(
     settings = config.extract
     workers = decoding_threads(config)
     if device.type == "cpu":
-        forward.keep_freed_memory()
+        keep_freed_memory()
     batch_size = forward.choose_batch_size(settings.batch_size, device)
     embedder = forward.Embedder(backbone, device, spec.compute_dtype, spec.stored_dtype, batch_size)
     progress, committed, refreshed, pruned, interrupted = Progress(total=0), 0, 0, 0, None
@@ -253,24 +251,3 @@ def _provenance(
         "patches_folder": str((project / config.patches.folder).absolute()),
         "quality_columns": "featstore.quality",
     }
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of dying; a second SIGINT interrupts at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if number == signal.SIGINT and received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -77,6 +81,16 @@ class Store:
             StoreError: The store has no such case.
             StoreDamaged: A part is missing or is not what was written.
         """
+        outline = self.outline(case_id)
+        case, folder = self.layout(case_id), self.folder(case_id)
+        return replace(outline, features=read_features(folder, case, self.spec.stored_dtype, self.spec.dim))
+
+    def outline(self, case_id: str) -> Bag:
+        """A case's bag without its embeddings: ``features`` is (P, 0). Reads no part.
+
+        Raises:
+            StoreError: The store has no such case.
+        """
         case = self.layout(case_id)
         if not len(case.patches):
             raise self._no_case(case_id)
@@ -84,7 +98,7 @@ class Store:
         stain_ids = {name: i for i, name in enumerate(self._stain_names)}
         return Bag(
             case_id=case_id,
-            features=read_features(self.folder(case_id), case, self.spec.stored_dtype, self.spec.dim),
+            features=np.empty((len(case.patches), 0), self.spec.stored_dtype),
             rows=np.arange(start, start + len(case.patches)),
             patches=case.patches,
             slices=case.slices,
@@ -149,6 +163,15 @@ class Store:
             where=str(self.path),
             fix="Store.cases() lists them",
         )
+
+    def digest(self, case_ids: Iterable[str]) -> str:
+        """The sha256 of what these cases hold, in this order: equal digests, equal embeddings."""
+        found = hashlib.sha256(self.spec.fingerprint.encode())
+        for case in case_ids:
+            parts = self.record(case).parts
+            live = [[p.sha256, [[g.stain, g.slice_id, g.live] for g in p.groups]] for p in parts]
+            found.update(json.dumps([case, live]).encode())
+        return found.hexdigest()
 
     def layout(self, case_id: str) -> Layout:
         """Where a case's live rows lie, in bag order."""

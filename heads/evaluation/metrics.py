@@ -141,6 +141,22 @@ def evaluate(
     )  # fmt: skip
 
 
+def rank_auc(true: Labels, probabilities: Scores) -> float:
+    """The AUC as `evaluate` defines it, without an interval; NaN where a class is missing.
+
+    Args:
+        true: (N,) class indices.
+        probabilities: (N, C); need not be finite.
+    """
+    label, p = np.asarray(true), np.nan_to_num(np.asarray(probabilities, np.float64), nan=0.5)
+    present = np.unique(label)
+    if len(present) < 2:
+        return float("nan")
+    ones = np.ones((1, len(label)))
+    of = [p.shape[1] - 1] if p.shape[1] == 2 else present.tolist()
+    return float(np.mean([_ranking(ones, p[:, c], label == c)[0][0] for c in of]))
+
+
 def youden_threshold(true: Labels, probability_of_positive: Scores) -> float:
     """The threshold with the largest sensitivity + specificity − 1 (Youden 1950), from validation cases.
 

@@ -4,40 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from featstore.bags import BagBatch
-from featstore.config import Section
+from heads.config import DualStreamConfig
+from heads.models.head import Head, register_head
 from heads.models.outputs import Attention, HeadOutput
 from heads.models.pooling import (
-    Standardize,
     segment_index,
     segment_softmax,
     weighted_sum,
     wide,
 )
 
-AttentionType = Literal["gated", "cosine", "dsmil", "abmil"]
 
-
-class DualStreamConfig(Section):
-    """The dual-stream head."""
-
-    use_hidden_layer: bool = Field(True, description="project the features first")
-    hidden_dim: int = Field(256, ge=1, description="width of that layer")
-    attention_dim: int = Field(128, ge=1, description="width of queries, keys and score layer")
-    attention_type: AttentionType = Field("gated", description="gated | cosine | dsmil | abmil")
-    fusion_method: Literal["concat", "weighted", "cross_attn"] = Field(
-        "concat", description="concat | weighted | cross_attn"
-    )
-    dropout: float = Field(0.1, ge=0, lt=1, description="dropout in both streams and before the classifier")
-
-
-class DualStream(nn.Module):
+@register_head("dual_stream", DualStreamConfig)
+class DualStream(Head):
     """Stream 1 selects softly what is critical, stream 2 gathers its context.
 
     h = Dropout(ReLU(W x + b)), or x. Stream 1: an unbounded score s per instance (an MLP without
@@ -55,11 +39,14 @@ class DualStream(nn.Module):
         config: Widths, kinds and dropout.
     """
 
+    levels = ("patch",)
+    scores_instances = True
+
     def __init__(self, dim: int, classes: int, config: DualStreamConfig) -> None:
-        super().__init__()
+        super().__init__(dim)
+        self.config = config
         width, inner = (config.hidden_dim if config.use_hidden_layer else dim), config.attention_dim
         self.kind = config.attention_type
-        self.standardize = Standardize(dim)
         self.hidden = nn.Linear(dim, width) if config.use_hidden_layer else None
         self.dropout = nn.Dropout(config.dropout)
         self.score = nn.Sequential(
@@ -108,6 +95,12 @@ class DualStream(nn.Module):
             instance_scores=scores,
         )
 
+    def schedule(self, epoch: int, epochs: int) -> dict[str, float]:
+        """The selection's temperature in an epoch (from 0) of a training."""
+        c = self.config
+        kind = c.temperature_schedule
+        return {"temperature": temperature_at(epoch, epochs, c.temperature_start, c.temperature_end, kind)}
+
     def _attention_logits(
         self, instances: torch.Tensor, critical: torch.Tensor, offsets: torch.Tensor
     ) -> torch.Tensor:
@@ -116,7 +109,7 @@ class DualStream(nn.Module):
             hidden = torch.tanh(self.value(instances)) * torch.sigmoid(self.gate(instances))
             logits: torch.Tensor = self.weight(hidden).squeeze(-1)
             return wide(logits)
-        case = segment_index(offsets)
+        case = segment_index(offsets, len(instances))
         if self.kind == "cosine":
             return nn.functional.cosine_similarity(wide(instances), wide(critical)[case], dim=-1)
         keys = self.key(instances)

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import nn
 
 from featstore.bags import BagBatch
-from featstore.config import Section
+from heads.config import HierarchicalConfig
+from heads.models.head import Head, register_head
 from heads.models.outputs import Attention, HeadOutput
-from heads.models.pooling import AttentionPool, Standardize
+from heads.models.pooling import AttentionPool
 
 
-class HierarchicalConfig(Section):
-    """The hierarchical head."""
-
-    embed_dim: int = Field(512, ge=1, description="width of the projected embeddings")
-    attention_hidden: int = Field(128, ge=1, description="width of the attention's hidden layer")
-    attention_pool: Literal["tanh", "gated"] = Field("tanh", description="tanh | gated")
-    dropout: float = Field(0.1, ge=0, lt=1, description="dropout wherever none is set apart")
-    projector_dropout: float | None = Field(None, ge=0, lt=1, description="after the projector")
-    attention_dropout: float | None = Field(None, ge=0, lt=1, description="inside the attention pools")
-    classifier_dropout: float | None = Field(None, ge=0, lt=1, description="before the classifier")
-
-
-class Hierarchical(nn.Module):
+@register_head("hierarchical", HierarchicalConfig)
+class Hierarchical(Head):
     """Three attention pools of one architecture, one above the other, and a linear classifier.
 
     h = Dropout(ReLU(W x + b)) of each patch x; then three times, over the members of every
@@ -40,8 +27,10 @@ class Hierarchical(nn.Module):
         config: Widths and dropouts.
     """
 
+    levels = ("patch", "slice", "stain")
+
     def __init__(self, dim: int, classes: int, config: HierarchicalConfig) -> None:
-        super().__init__()
+        super().__init__(dim)
 
         def rate(own: float | None) -> float:
             return config.dropout if own is None else own
@@ -54,7 +43,6 @@ class Hierarchical(nn.Module):
                 config.attention_pool,
             )
 
-        self.standardize = Standardize(dim)
         self.projector = nn.Linear(dim, config.embed_dim)
         self.projector_dropout = nn.Dropout(rate(config.projector_dropout))
         self.pools = nn.ModuleDict({level: pool() for level in ("patch", "slice", "stain")})

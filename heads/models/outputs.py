@@ -58,5 +58,6 @@ def effective_attention(output: HeadOutput, batch: BagBatch) -> torch.Tensor | N
         if level not in output.attention:
             break
         inner = offsets if offsets is not None else batch.slice_offsets[batch.stain_offsets]
-        weights = weights * torch.repeat_interleave(output.attention[level].weights, inner.diff())
+        above = output.attention[level].weights
+        weights = weights * torch.repeat_interleave(above, inner.diff(), output_size=len(weights))
     return weights

@@ -1,7 +1,8 @@
 """Penalties on attention: entropy, selection confidence, elastic net on the logits.
 
-Each is computed per segment, averaged over a case's segments and then over the cases, so that
-neither many slices nor large ones weigh more. A segment of one member contributes 0.
+Each is computed per segment and averaged over a case's segments, so that neither many slices nor
+large ones weigh more; a batch's penalty is the mean over its cases. A segment of one member
+contributes 0.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Literal
 import torch
 
 from heads.models.outputs import Attention
-from heads.models.pooling import segment_index, segment_log_softmax, segment_max, segment_sum
+from heads.models.pooling import segment_log_softmax, segment_max, segment_sum
 
 
 def entropy(attention: Attention) -> torch.Tensor:
@@ -23,7 +24,7 @@ def entropy(attention: Attention) -> torch.Tensor:
 
 def entropy_penalty(
     attention: Attention,
-    case_of_segment: torch.Tensor,
+    case_offsets: torch.Tensor,
     form: Literal["linear", "squared"] = "squared",
     mode: Literal["max", "min"] = "max",
     normalize: bool = False,
@@ -32,13 +33,13 @@ def entropy_penalty(
 
     Args:
         attention: Of one level.
-        case_of_segment: (G,) int64, the case (0 … B − 1) of every segment.
+        case_offsets: (B + 1,) int64: the segments of each case (`segments_of_cases`).
         form: ``linear``: −H (min: +H); ``squared``: (log N − H)² (min: H²), N the segment's size.
         mode: Whether high or low entropy is wanted.
         normalize: Divide H by log N first (then log N is 1).
 
     Returns:
-        A scalar.
+        (B,), a value a case.
     """
     size = attention.offsets.diff()
     # A segment of one contributes nothing; counted as two, it has no infinite derivative either.
@@ -50,60 +51,53 @@ def entropy_penalty(
         each = -h if mode == "max" else h
     else:
         each = (largest - h).square() if mode == "max" else h.square()
-    return mean_over_cases(torch.where(size > 1, each, 0.0), case_of_segment)
+    return _mean_by_case(torch.where(size > 1, each, 0.0), case_offsets)
 
 
 def confidence_penalty(
-    scores: torch.Tensor, offsets: torch.Tensor, case_of_segment: torch.Tensor, target: float | None = 2.0
+    scores: torch.Tensor, offsets: torch.Tensor, case_offsets: torch.Tensor, target: float | None = 2.0
 ) -> torch.Tensor:
     """What is to be minimised so that the selection's scores spread.
 
     Args:
         scores: (N,) unbounded instance scores.
         offsets: (G + 1,) int64.
-        case_of_segment: (G,) int64.
+        case_offsets: (B + 1,) int64: the segments of each case.
         target: (max − min − target)²; with None, linear: −(max − min).
 
     Returns:
-        A scalar.
+        (B,), a value a case.
     """
     spread = segment_max(scores, offsets) + segment_max(-scores, offsets)
     each = -spread if target is None else (spread - target).square()
-    return mean_over_cases(torch.where(offsets.diff() > 1, each, 0.0), case_of_segment)
+    return _mean_by_case(torch.where(offsets.diff() > 1, each, 0.0), case_offsets)
 
 
 def elastic_net_penalty(
-    attention: Attention, case_of_segment: torch.Tensor, l1: float = 0.0, l2: float = 0.0
+    attention: Attention, case_offsets: torch.Tensor, l1: float = 0.0, l2: float = 0.0
 ) -> torch.Tensor:
-    """λ1·‖z‖₁ + λ2·‖z‖₂² of every segment's attention logits z: a scalar."""
+    """λ1·‖z‖₁ + λ2·‖z‖₂² of every segment's attention logits z: (B,), a value a case."""
     z = attention.logits
     each = segment_sum(l1 * z.abs() + l2 * z.square(), attention.offsets)
-    return mean_over_cases(torch.where(attention.offsets.diff() > 1, each, 0.0), case_of_segment)
+    return _mean_by_case(torch.where(attention.offsets.diff() > 1, each, 0.0), case_offsets)
 
 
-def mean_over_cases(values: torch.Tensor, case_of_segment: torch.Tensor) -> torch.Tensor:
-    """The mean over every case's segments, then over the cases.
-
-    Args:
-        values: (G,).
-        case_of_segment: (G,) int64, ascending, every case at least once.
-    """
-    count = torch.bincount(case_of_segment)
-    offsets = torch.cat((count.new_zeros(1), count.cumsum(0)))
-    return (segment_sum(values, offsets) / count).mean()
-
-
-def cases_of_segments(*offsets: torch.Tensor) -> torch.Tensor:
-    """The case of every segment of a level.
+def segments_of_cases(*offsets: torch.Tensor) -> torch.Tensor:
+    """The segments of a level, by case.
 
     Args:
         offsets: The offsets of the levels above, from the level's own parent up to the cases: for
             slices ``(stain_offsets, case_offsets)``, for stains ``(case_offsets,)``.
 
     Returns:
-        (G,) int64.
+        (B + 1,) int64 offsets.
     """
     boundaries = offsets[-1]
     for inner in reversed(offsets[:-1]):
         boundaries = inner[boundaries]
-    return segment_index(boundaries)
+    return boundaries
+
+
+def _mean_by_case(values: torch.Tensor, case_offsets: torch.Tensor) -> torch.Tensor:
+    """(B,) means of (G,) values over each case's segments."""
+    return segment_sum(values, case_offsets) / case_offsets.diff()

@@ -16,10 +16,11 @@ from heads.models.outputs import Attention
 PoolKind = Literal["tanh", "gated"]
 
 
-def segment_index(offsets: torch.Tensor) -> torch.Tensor:
-    """(N,) int64: the segment of every member, from (G + 1,) offsets."""
+def segment_index(offsets: torch.Tensor, members: int) -> torch.Tensor:
+    """(N,) int64: the segment of each of N members, from (G + 1,) offsets."""
     segments = torch.arange(len(offsets) - 1, device=offsets.device)
-    return torch.repeat_interleave(segments, offsets.diff())
+    # With the size told, a GPU need not be waited for.
+    return torch.repeat_interleave(segments, offsets.diff(), output_size=members)
 
 
 def segment_sum(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -34,7 +35,7 @@ def segment_sum(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """
     values = wide(values)
     total = values.new_zeros((len(offsets) - 1, *values.shape[1:]))
-    return total.index_add(0, segment_index(offsets), values)
+    return total.index_add(0, segment_index(offsets, len(values)), values)
 
 
 def segment_max(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -48,7 +49,7 @@ def segment_max(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         (G,) or (G, K).
     """
     values = wide(values)
-    index = segment_index(offsets)
+    index = segment_index(offsets, len(values))
     if values.ndim == 2:
         index = index[:, None].expand_as(values)
     start = values.new_full((len(offsets) - 1, *values.shape[1:]), -torch.inf)
@@ -71,7 +72,7 @@ def segment_softmax(logits: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor
 def segment_log_softmax(logits: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """Logarithm of `segment_softmax`, finite where the softmax itself underflows to 0."""
     logits = wide(logits)
-    index = segment_index(offsets)
+    index = segment_index(offsets, len(logits))
     shifted = logits - segment_max(logits.detach(), offsets)[index]
     return shifted - torch.log(segment_sum(torch.exp(shifted), offsets))[index]
 
@@ -164,13 +165,16 @@ class Standardize(nn.Module):
         if torch.is_autocast_enabled(features.device.type):
             projected: torch.Tensor = layer(self(features))
             return projected
-        weight = layer.weight / self.std
-        bias = -(weight @ self.mean) if layer.bias is None else layer.bias - weight @ self.mean
+        weight = layer.weight * self.std.reciprocal()
+        shift = weight @ self.mean
+        bias = -shift if layer.bias is None else layer.bias - shift
         return nn.functional.linear(features.to(weight.dtype), weight, bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(ΣP, D) standardised features."""
-        return (features.to(self.mean.dtype) - self.mean) / self.std
+        # One multiplication and addition a number: a division takes ten times as long on a CPU.
+        scale = self.std.reciprocal()
+        return torch.addcmul(-self.mean * scale, features.to(self.mean.dtype), scale)
 
 
 def wide(values: torch.Tensor) -> torch.Tensor:

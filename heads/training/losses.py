@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -35,30 +35,51 @@ def class_weights(labels: Sequence[int], classes: int) -> torch.Tensor:
     return len(labels) / (classes * count.float())
 
 
-def cross_entropy(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    weights: torch.Tensor | None = None,
-    smoothing: float = 0.0,
-    cases: int | None = None,
-) -> torch.Tensor:
-    """Σ w_y · CE / B.
+CaseLoss = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+_LOSSES: dict[str, CaseLoss] = {}
 
-    Divided by the number of cases, not by the sum of their weights: a weighted mean over a batch
-    of one gives back the plain loss, whatever the weights.
+
+def register_loss(name: str) -> Callable[[CaseLoss], CaseLoss]:
+    """Make a loss known by a name: a function of logits (b, C), labels (b,) and smoothing to (b,)."""
+
+    def register(loss: CaseLoss) -> CaseLoss:
+        _LOSSES[name] = loss
+        return loss
+
+    return register
+
+
+def get_loss(name: str) -> CaseLoss:
+    """The loss of this name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if name not in _LOSSES:
+        raise ConfigError(
+            f"there is no loss {name!r}",
+            expected=f"one of {', '.join(_LOSSES)}",
+            where="train.loss",
+            fix="choose one, or register your own: head.plugin",
+        )
+    return _LOSSES[name]
+
+
+@register_loss("cross_entropy")
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    """The cross-entropy of every case.
+
+    Class weights multiply it, and a batch's loss is Σ w_y · CE / B: divided by the number of cases,
+    not by the sum of their weights. A weighted mean over a batch of one would give back the plain
+    loss, whatever the weights.
 
     Args:
         logits: (b, C).
         labels: (b,) int64.
-        weights: (C,), or None for 1.
         smoothing: ε: the target is 1 − ε on the label and ε / C on every class besides.
-        cases: B, the cases of the whole optimiser step; b by default.
 
     Returns:
-        A scalar, in float32 or wider.
+        (b,) float32 or wider.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    each = nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
-    if weights is not None:
-        each = each * weights.to(each)[labels]
-    return each.sum() / (cases or len(labels))
+    return nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)

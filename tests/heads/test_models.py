@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 from featstore.bags import collate
-from heads.models.dual_stream import DualStream, DualStreamConfig, temperature_at
-from heads.models.hierarchical import Hierarchical, HierarchicalConfig
+from heads.config import DualStreamConfig, HierarchicalConfig
+from heads.models.dual_stream import DualStream, temperature_at
+from heads.models.hierarchical import Hierarchical
 from heads.models.outputs import effective_attention
 from heads.models.penalties import (
-    cases_of_segments,
     confidence_penalty,
     elastic_net_penalty,
     entropy_penalty,
+    segments_of_cases,
 )
 from tests.heads.bags import make_bag, nested
 
@@ -253,14 +254,14 @@ def test_the_entropy_penalty_equals_its_formula(form: str, mode: str, normalize:
     batch = collate(cases)
     output = head(batch)
     levels = {
-        "patch": cases_of_segments(batch.stain_offsets, batch.case_offsets),
-        "slice": cases_of_segments(batch.case_offsets),
-        "stain": torch.arange(len(cases)),
+        "patch": segments_of_cases(batch.stain_offsets, batch.case_offsets),
+        "slice": segments_of_cases(batch.case_offsets),
+        "stain": torch.arange(len(cases) + 1),
     }
-    for level, case_of_segment in levels.items():
+    for level, case_offsets in levels.items():
         attention = output.attention[level]
         values: dict[int, list[float]] = {}
-        for g, case in enumerate(case_of_segment.tolist()):
+        for g, case in enumerate(np.repeat(np.arange(len(cases)), case_offsets.diff().tolist())):
             a = attention.weights[attention.offsets[g] : attention.offsets[g + 1]].detach().numpy()
             h, largest = -(a * log(a)).sum(), np.log(len(a))
             if len(a) == 1:
@@ -273,16 +274,16 @@ def test_the_entropy_penalty_equals_its_formula(form: str, mode: str, normalize:
             else:
                 value = (largest - h) ** 2 if mode == "max" else h**2
             values.setdefault(case, []).append(value)
-        want = np.mean([np.mean(each) for each in values.values()])
-        got = entropy_penalty(attention, case_of_segment, form, mode, normalize)  # type: ignore[arg-type]
-        assert got.item() == pytest.approx(want)
+        want = [np.mean(each) for each in values.values()]
+        got = entropy_penalty(attention, case_offsets, form, mode, normalize)  # type: ignore[arg-type]
+        assert got.tolist() == pytest.approx(want)
 
 
 def test_the_other_penalties_equal_their_formulas() -> None:
     head, cases = dual_stream(), bags()
     batch = collate(cases)
     output = head(batch)
-    attention, case = output.attention["patch"], torch.arange(len(cases))
+    attention, case = output.attention["patch"], torch.arange(len(cases) + 1)
     ends = batch.case_patch_offsets.tolist()
     spreads, nets = [], []
     for a, b in itertools.pairwise(ends):
@@ -291,10 +292,10 @@ def test_the_other_penalties_equal_their_formulas() -> None:
         nets.append(0.3 * np.abs(z).sum() + 0.7 * (z**2).sum())
     offsets = batch.case_patch_offsets
     got = confidence_penalty(output.instance_scores, offsets, case, target=2.0)
-    assert got.item() == pytest.approx(np.mean([(spread - 2) ** 2 for spread in spreads]))
+    assert got.tolist() == pytest.approx([(spread - 2) ** 2 for spread in spreads])
     got = confidence_penalty(output.instance_scores, offsets, case, target=None)
-    assert got.item() == pytest.approx(-np.mean(spreads))
-    assert elastic_net_penalty(attention, case, 0.3, 0.7).item() == pytest.approx(np.mean(nets))
+    assert got.tolist() == pytest.approx([-spread for spread in spreads])
+    assert elastic_net_penalty(attention, case, 0.3, 0.7).tolist() == pytest.approx(nets)
 
 
 def test_penalties_have_finite_gradients_where_attention_vanishes_or_stands_alone() -> None:
@@ -305,12 +306,12 @@ def test_penalties_have_finite_gradients_where_attention_vanishes_or_stands_alon
     offsets = torch.tensor([0, 2, 3])
     attention = Attention(segment_softmax(logits, offsets), logits, offsets)
     total = sum(
-        entropy_penalty(attention, torch.tensor([0, 1]), form, mode, normalize)
+        entropy_penalty(attention, torch.tensor([0, 1, 2]), form, mode, normalize).mean()
         for form in ("linear", "squared")
         for mode in ("max", "min")
         for normalize in (True, False)
     )
-    (total + elastic_net_penalty(attention, torch.tensor([0, 1]), 1, 1)).backward()
+    (total + elastic_net_penalty(attention, torch.tensor([0, 1, 2]), 1, 1).mean()).backward()
     assert torch.isfinite(logits.grad).all()
     assert logits.grad[2] == 0
 

@@ -1,0 +1,178 @@
+"""What a training is made of: labelled bags from the store, and a split of their cases."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from featstore import __version__
+from featstore.cohort import read_groups, read_labels
+from featstore.cohort.names import natural_sorted
+from featstore.cohort.splits import Split, make_splits, read_split
+from featstore.errors import ConfigError
+from featstore.process import keep_freed_memory
+from featstore.resident import CaseBags, memory_budget
+from featstore.store import Store
+from heads.config import Config
+
+
+def read_cohort(
+    config: Config, project: Path, store: Store, tell: Callable[[str], None]
+) -> tuple[list[str], dict[str, int], Split]:
+    """Class names, labels of the split's cases, and the split.
+
+    Args:
+        config: The project's settings.
+        project: The folder that relative paths start from.
+        store: Where the embeddings are; cases without any take no part.
+        tell: Called with remarks.
+
+    Raises:
+        FeatstoreError: Labels or split cannot be used, or no labelled case has embeddings.
+    """
+    labels = read_labels(config.labels, config.classes, project, config.patches.normalize_cases)
+    there = set(store.cases()) - set(config.exclude)
+    known = {case: index for case, index in labels.by_case.items() if case in there}
+    if not known:
+        raise ConfigError(
+            "no labelled case has embeddings",
+            expected="the same case ids in the store and in the labels",
+            where=f"{store.path} has {', '.join(store.cases()[:5]) or 'no case'}, …",
+            fix="run `featstore extract`, or check labels.file and classes",
+        )
+    for found, what in (
+        (set(labels.by_case) - there - set(config.exclude), "labelled cases have no embeddings"),
+        (there - labels.known, "cases of the store have no label"),
+    ):
+        if found:
+            tell(f"warning: {len(found)} {what} and take no part: {_some(found)}")
+    groups = read_groups(config.groups, project, config.patches.normalize_cases)
+    split = _choose_split(config, project, known, groups, labels.class_names, tell)
+    chosen = {case: known[case] for part in split.parts().values() for case in part}
+    return labels.class_names, chosen, split
+
+
+def _choose_split(
+    config: Config,
+    project: Path,
+    labels: dict[str, int],
+    groups: dict[str, str],
+    class_names: Sequence[str],
+    tell: Callable[[str], None],
+) -> Split:
+    """The split of `load_splits`, else of the project's split folder, else one made now."""
+    train, fold = config.train, config.train.fold
+    given = project / (train.load_splits or config.split.path)
+    path: Path | None = given
+    if not given.is_file():
+        files = sorted(given.glob("data_splits_*.npz"))
+        path = given / f"data_splits_{(fold or 0) + 1:02d}.npz"
+        if path not in files and (files or train.load_splits):
+            raise ConfigError(
+                f"there is no {path.name} in {given}",
+                expected=f"one of {', '.join(f.name for f in files) or 'data_splits_01.npz, …'}",
+                where="train.load_splits, train.fold",
+                fix="--fold K counts from 0; make splits with `featstore split --folds 5`",
+            )
+        path = path if files else None
+    elif fold is not None:
+        raise ConfigError(
+            f"train.fold is {fold}, but train.load_splits is a single file",
+            expected="a folder of splits",
+            where="train.load_splits, train.fold",
+            fix="leave out --fold, or name the folder",
+        )
+    if path is not None:
+        split, left_out = read_split(path, list(labels), groups, config.patches.normalize_cases)
+        tell(f"split: {path}")
+        if left_out:
+            tell(f"warning: {len(left_out)} cases stand in no part of it: {_some(left_out)}")
+        return split
+    folds = config.split.folds
+    splits = make_splits(labels, groups, folds, config.split.seed, class_names)
+    if (fold or 0) >= len(splits):
+        raise ConfigError(
+            f"train.fold is {fold}, but the project has {folds or 'one split and no'} folds",
+            expected="a fold from 0 on",
+            where="train.fold, split.folds",
+            fix="make folds: featstore split --folds 5",
+        )
+    kind = f"fold {fold or 0} of {folds}" if folds else "60/20/20"
+    tell(f"split: {kind}, made now (seed {config.split.seed}); `featstore split` makes files to share")
+    return splits[fold or 0]
+
+
+def load_bags(
+    config: Config, project: Path, labels: dict[str, int], tell: Callable[[str], None]
+) -> CaseBags:
+    """The cases' bags, on the device and in memory as far as the settings let them."""
+    device = _device(config.train.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    store = Store.open(project / config.store.path)
+    bags = CaseBags(store, labels, memory_budget(config.train.memory_gb, device), device)
+    if bags.resident is None:
+        tell("warning: the embeddings do not fit into train.memory_gb; every epoch reads them again")
+    return bags
+
+
+def _device(name: str) -> torch.device:
+    if name != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda" if name == "auto" else name)
+    if name in ("auto", "cpu"):
+        return torch.device("cpu")
+    raise ConfigError(
+        f"train.device is {name}, but PyTorch sees no GPU",
+        expected="cpu or auto here",
+        where="train.device",
+        fix="--device cpu, or run where there is a GPU",
+    )
+
+
+def describe(bags: CaseBags, names: Sequence[str], labels: dict[str, int], split: Split) -> dict[str, Any]:
+    """`run.json`: what was trained on what, and by which versions."""
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "dim": bags.store.spec.dim,
+        "class_names": list(names),
+        "labels": labels,
+        "cases": {part: len(cases) for part, cases in split.parts().items()},
+        "store": {
+            "path": str(bags.store.path),
+            "fingerprint": bags.store.spec.fingerprint,
+            "spec": asdict(bags.store.spec),
+            "digest": bags.store.digest(natural_sorted(labels)),
+        },
+        "versions": {
+            "featstore": __version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": {"device": str(bags.device), "threads": torch.get_num_threads()},
+    }
+
+
+def check_unchanged(bags: CaseBags, about: dict[str, Any], tell: Callable[[str], None]) -> None:
+    """Tell if the store no longer holds what the run was trained on."""
+    if bags.store.digest(natural_sorted(about["labels"])) != about["store"]["digest"]:
+        tell("warning: the store holds other embeddings of these cases now than when the run was trained")
+
+
+def sizes(split: Split) -> str:
+    """`26 train, 9 val, 9 test cases`."""
+    return (
+        ", ".join(f"{len(c)} {name.removesuffix('_cases')}" for name, c in split.parts().items()) + " cases"
+    )
+
+
+def _some(cases: set[str] | Sequence[str]) -> str:
+    shown = natural_sorted(cases)
+    return ", ".join(shown[:10]) + (", …" if len(shown) > 10 else "")

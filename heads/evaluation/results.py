@@ -1,0 +1,235 @@
+"""What a finished training is worth, written into its run folder: numbers, tables, pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from featstore.cohort.tables import write_csv
+from featstore.resident import CaseBags
+from heads.config import Config
+from heads.evaluation.metrics import Metrics, evaluate, youden_threshold
+from heads.evaluation.plots import plot_confusion, plot_deviation, plot_history
+from heads.evaluation.predict import PatchAttention, Predictions, predict
+from heads.evaluation.runs import RunFolder, write_json
+from heads.models.head import Head
+
+ATTENTION = "attention_analysis/patch_attention.csv"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The best and the last epoch on the test cases.
+
+    Attributes:
+        run: The folder.
+        part: Which cases: ``test``, ``val`` or ``train``.
+        best: Predictions and metrics of the best epoch.
+        last: Those of the last.
+        best_epoch: Its number, from 1.
+        best_val_loss: Its validation loss.
+        epochs: Epochs trained.
+    """
+
+    run: RunFolder
+    part: str
+    best: tuple[Predictions, Metrics]
+    last: tuple[Predictions, Metrics]
+    best_epoch: int
+    best_val_loss: float
+    epochs: int
+
+    def to_text(self) -> str:
+        """Losses, accuracy and AUC, and where the rest is."""
+        lines = [f"{self.run.path}"]
+        lines.append(
+            f"  best epoch {self.best_epoch} of {self.epochs}, validation loss {self.best_val_loss:.4f}"
+        )
+        for name, (predictions, metrics) in (("best", self.best), ("last", self.last)):
+            lines.append(
+                f"  {self.part}, {name} epoch: {metrics.n} cases  loss {predictions.loss:.4f}  "
+                f"accuracy {_shown(metrics, 'accuracy')}  AUC {_shown(metrics, 'auc')}"
+            )
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON types, all metrics included."""
+        return {
+            "run": str(self.run.path),
+            "part": self.part,
+            "best_epoch": self.best_epoch,
+            "best_val_loss": self.best_val_loss,
+            "epochs": self.epochs,
+            "best": {"loss": self.best[0].loss, **self.best[1].to_json()},
+            "last": {"loss": self.last[0].loss, **self.last[1].to_json()},
+        }
+
+
+def evaluate_heads(
+    run: RunFolder,
+    heads: Mapping[str, Head],
+    bags: CaseBags,
+    config: Config,
+    cases: Mapping[str, Sequence[str]],
+    class_names: Sequence[str],
+    progress: Mapping[str, Any],
+    weights: torch.Tensor | None,
+    part: str = "test",
+) -> tuple[Evaluation, pd.DataFrame | None]:
+    """Evaluate the ``best`` and the ``last`` head on one part of the split.
+
+    Args:
+        run: The folder.
+        heads: By ``best`` and ``last``.
+        bags: The cohort.
+        config: Resolved (`heads.config.resolved`).
+        cases: Case ids by ``train``, ``val`` and ``test``.
+        class_names: In config order.
+        progress: ``epoch``, ``best_epoch`` and ``best_val_loss`` of the training.
+        weights: (C,) class weights of the loss, or None.
+        part: Which cases.
+
+    Returns:
+        The evaluation; the best head's attention on every patch of the cases, if the config asks
+        for it and the head has attention.
+    """
+    attention = PatchAttention(bags) if config.runs.analyze_attention and part == "test" else None
+    found: dict[str, tuple[Predictions, Metrics]] = {}
+    for name, head in heads.items():
+        nothing: Callable[..., None] = lambda batch, output: None  # noqa: E731
+        observe = attention if attention is not None and name == "best" else nothing
+        predictions = predict(head, bags, cases[part], config.train, weights, observe)
+        threshold = None
+        if config.runs.threshold == "validation":
+            seen = predict(head, bags, cases["val"], config.train, weights)
+            threshold = youden_threshold(seen.labels, seen.probabilities[:, -1])
+        metrics = evaluate(
+            predictions.labels,
+            predictions.probabilities,
+            class_names,
+            threshold=threshold,
+            resamples=config.runs.resamples,
+        )
+        found[name] = (predictions, metrics)
+    done = Evaluation(
+        run,
+        part,
+        found["best"],
+        found["last"],
+        int(progress["best_epoch"]),
+        float(progress["best_val_loss"]),
+        int(progress["epoch"]),
+    )
+    return done, attention.table() if attention is not None and attention.seen else None
+
+
+def write_results(
+    done: Evaluation, config: Config, history: pd.DataFrame, attention: pd.DataFrame | None
+) -> None:
+    """Write everything about the test cases; ``results.json`` comes last and says: finished."""
+    folder, (predictions, metrics) = done.run.path, done.best
+    if attention is not None:
+        (folder / ATTENTION).parent.mkdir(exist_ok=True)
+        attention.to_csv(folder / ATTENTION, index=False)
+    write_predictions(folder / "predictions.csv", predictions, metrics)
+    plot_confusion(metrics.confusion_matrix, metrics.class_names, folder / "confusion_matrix.png")
+    plot_deviation(
+        predictions.case_ids,
+        predictions.labels,
+        predictions.probabilities,
+        metrics.class_names,
+        folder / "deviation_plot.png",
+    )
+    plot_history(history, folder)
+    write_json(folder / "metrics.json", {"test": metrics.to_json(), "test_last": done.last[1].to_json()})
+    (folder / "results.txt").write_text(_results_text(done), encoding="utf-8")
+    write_json(
+        done.run.results,
+        {
+            "train": {
+                "best_val_loss": done.best_val_loss,
+                "epochs": done.epochs,
+                "best_epoch": done.best_epoch,
+            },
+            "test": _results(*done.best),
+            "test_last": _results(*done.last),
+            "args": config.model_dump(),
+        },
+    )
+
+
+def write_predictions(path: Path, predictions: Predictions, metrics: Metrics) -> None:
+    """``case_id, true_label, predicted_label, prob_<class>…, correct``, one row a case."""
+    names, chosen = metrics.class_names, predicted(predictions, metrics)
+    columns = ["case_id", "true_label", "predicted_label", *(f"prob_{name}" for name in names), "correct"]
+    rows = zip(
+        predictions.case_ids,
+        predictions.labels.tolist(),
+        chosen,
+        predictions.probabilities.tolist(),
+        strict=True,
+    )
+    write_csv(
+        path, columns, [(case, names[t], names[p], *probs, int(t == p)) for case, t, p, probs in rows]
+    )
+
+
+def predicted(predictions: Predictions, metrics: Metrics) -> list[int]:
+    """(N,) class indices: the most probable class, or by the threshold."""
+    if metrics.threshold is None:
+        return [int(index) for index in predictions.probabilities.argmax(axis=1)]
+    return [int(p >= metrics.threshold) for p in predictions.probabilities[:, 1]]
+
+
+def _results(predictions: Predictions, metrics: Metrics) -> dict[str, Any]:
+    return {
+        "test_loss": predictions.loss,
+        "test_accuracy": metrics.accuracy.value,
+        "test_auc": metrics.auc.value,
+        **{f"recall_{name}": estimate.value for name, estimate in metrics.recall.items()},
+        "predictions": predicted(predictions, metrics),
+        "true_labels": predictions.labels.tolist(),
+        "case_ids": list(predictions.case_ids),
+        "prediction_probs": predictions.probabilities.tolist(),
+        "num_samples": metrics.n,
+        "class_names": list(metrics.class_names),
+        "threshold": metrics.threshold,
+    }
+
+
+def _results_text(done: Evaluation) -> str:
+    lines = []
+    checkpoints = {"best": done.run.best.name, "last": done.run.last.name}
+    for name, (predictions, metrics) in (("best", done.best), ("last", done.last)):
+        epoch = done.best_epoch if name == "best" else done.epochs
+        lines += [
+            f"Checkpoint: checkpoints/{checkpoints[name]} ({name} epoch, {epoch})",
+            f"Test loss: {predictions.loss:.4f}",
+            f"Test accuracy: {_shown(metrics, 'accuracy')}",
+            f"Test AUC: {_shown(metrics, 'auc')}",
+            f"Number of samples: {metrics.n}",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _shown(metrics: Metrics, name: str) -> str:
+    estimate = getattr(metrics, name)
+    if estimate.value is None:
+        return f"undefined ({estimate.reason})"
+    interval = "" if estimate.low is None else f" [{estimate.low:.3f}, {estimate.high:.3f}]"
+    return f"{estimate.value:.3f}{interval}"
+
+
+def history_frame(rows: Sequence[Mapping[str, float]]) -> pd.DataFrame:
+    """One row an epoch, with the columns in a fixed order; what an epoch lacks is NaN."""
+    frame = pd.DataFrame(list(rows))
+    first = [name for name in ("epoch", "seconds", "lr", "temperature", "grad_norm") if name in frame]
+    frame = frame[first + [name for name in frame if name not in first]]
+    return frame.astype({"epoch": np.int64})

@@ -1,0 +1,134 @@
+"""What every head is, and how a head is made from its name."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from featstore.bags import BagBatch
+from featstore.config import Section
+from featstore.errors import ConfigError
+from featstore.settings import nearest_name
+from heads.config import HeadConfig
+from heads.models.outputs import HeadOutput
+from heads.models.pooling import Standardize
+
+
+class Head(nn.Module):
+    """A small model that learns on bags of embeddings.
+
+    A subclass is made from ``(dim, classes, config)`` and implements `forward`; it begins with
+    ``self.standardize``.
+
+    Args:
+        dim: D, the number of features.
+
+    Attributes:
+        levels: The attention levels that penalties may act on, patches first.
+        scores_instances: Whether the output has instance scores.
+        standardize: Mean and deviation of the training cases, as buffers.
+    """
+
+    levels: ClassVar[tuple[str, ...]] = ()
+    scores_instances: ClassVar[bool] = False
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.standardize = Standardize(dim)
+
+    def forward(self, batch: BagBatch, **schedule: float) -> HeadOutput:
+        """Classify a batch; ``schedule`` is what `schedule` says of the epoch."""
+        raise NotImplementedError
+
+    def schedule(self, epoch: int, epochs: int) -> dict[str, float]:
+        """What changes from epoch to epoch (from 0); evaluation uses the last epoch's."""
+        return {}
+
+
+H = TypeVar("H", bound=type[Head])
+_HEADS: dict[str, tuple[Callable[[int, int, Any], Head], type[Section]]] = {}
+
+
+def register_head(name: str, config: type[Section]) -> Callable[[H], H]:
+    """Make a head known by a name: ``@register_head("mine", MyConfig)`` above its class.
+
+    Args:
+        name: For ``--model``.
+        config: Its settings: read from ``head:`` for those of featstore, else from ``head.options``.
+    """
+
+    def register(head: H) -> H:
+        _HEADS[name] = (head, config)
+        return head
+
+    return register
+
+
+def build_head(config: HeadConfig, dim: int, classes: int, seed: int = 0) -> Head:
+    """Make a head, with weights drawn from the seed.
+
+    Args:
+        config: Name and settings.
+        dim: D, the number of features.
+        classes: C.
+        seed: Of the weights; the global state of torch stays as it is.
+
+    Raises:
+        ConfigError: There is no such head, or its settings do not suit it.
+    """
+    import heads.models.dual_stream
+    import heads.models.hierarchical  # noqa: F401
+
+    if config.name not in _HEADS:
+        nearest = nearest_name(config.name, list(_HEADS))
+        raise ConfigError(
+            f"there is no head {config.name!r}",
+            expected=f"one of {', '.join(_HEADS)}",
+            where="head.name (--model)",
+            fix=f"write {nearest}" if nearest else "choose one, or register your own: head.plugin",
+        )
+    build, kind = _HEADS[config.name]
+    settings = {
+        name: getattr(config, name) for name in kind.model_fields if name in type(config).model_fields
+    }
+    try:
+        own = kind(**{**settings, **config.options})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ConfigError(
+            f"head.options does not suit the head {config.name!r}: {problem['msg']}",
+            expected=f"settings out of {', '.join(kind.model_fields)}",
+            where=f"head.options.{'.'.join(map(str, problem['loc']))}",
+            fix="mend this setting",
+        ) from error
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build(dim, classes, own)
+
+
+def load_plugin(path: Path | None) -> None:
+    """Run a Python file that registers heads or losses.
+
+    Raises:
+        ConfigError: It is not there, or it fails.
+    """
+    if path is None:
+        return
+    spec = importlib.util.spec_from_file_location(f"featstore_plugin_{path.stem}", path)
+    try:
+        if spec is None or spec.loader is None:
+            raise ImportError("it is no Python file")
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    except Exception as error:
+        raise ConfigError(
+            f"the plugin cannot be loaded: {type(error).__name__}: {error}",
+            expected="a Python file that calls register_head or register_loss",
+            where=f"head.plugin: {path}",
+            fix="mend the file, or check the path",
+        ) from error

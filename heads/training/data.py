@@ -1,0 +1,111 @@
+"""What an epoch of training sees: which cases, in which order, which of their patches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from featstore.bags import Bag
+from featstore.resident import CaseBags
+from featstore.sampling import cap_slices, limit_slices, sample_bag, sub_cases
+from heads.config import TrainConfig
+from heads.models.pooling import Standardize
+
+_LEAST_DEVIATION = 1e-6
+
+
+class TrainingBags:
+    """The training cases' bags, sampled anew in every epoch.
+
+    Slices above ``max_slices_per_stain`` and sub-cases are chosen once; order, caps and bag samples
+    depend on the seed and the epoch alone, so that a resumed training sees what it would have seen.
+
+    Args:
+        bags: The cohort.
+        cases: The training cases.
+        config: Resolved (`heads.config.resolved`).
+        class_names: In config order.
+    """
+
+    def __init__(
+        self, bags: CaseBags, cases: Sequence[str], config: TrainConfig, class_names: Sequence[str]
+    ) -> None:
+        self._config = config
+        outlines = [bags.outlines[case] for case in cases]
+        if config.max_slices_per_stain is not None:
+            outlines = [limit_slices(bag, config.max_slices_per_stain, config.seed) for bag in outlines]
+        if (sub := config.sub_cases) is not None:
+            wanted = {class_names.index(name) for name in sub.classes} if sub.classes else None
+            outlines = [
+                part
+                for bag in outlines
+                for part in (
+                    sub_cases(bag, sub.n, sub.by) if wanted is None or bag.label in wanted else [bag]
+                )
+            ]
+        self.outlines = outlines
+        self._entropy: NDArray[np.float64] | None = None
+        if config.sampling == "entropy":
+            self._entropy = bags.store.table()["entropy"].to_numpy(np.float64)
+
+    def epoch(self, epoch: int) -> list[Bag]:
+        """The bags of an epoch (from 0), in the order in which they are learned from."""
+        config = self._config
+        rng = np.random.default_rng([config.seed, epoch])
+        return [self._sample(self.outlines[i], rng) for i in rng.permutation(len(self.outlines))]
+
+    def _sample(self, bag: Bag, rng: np.random.Generator) -> Bag:
+        config = self._config
+        if config.per_slice_cap is not None:
+            bag = cap_slices(bag, config.per_slice_cap, rng)
+        if config.sampling == "all" or config.sampling == "auto":
+            return bag
+        entropy = None if self._entropy is None else self._entropy[bag.rows]
+        return sample_bag(bag, config.bag_size, config.sampling, rng, entropy)
+
+
+def chunks(bags: Sequence[Bag], size: int) -> Iterator[Sequence[Bag]]:
+    """Runs of ``size`` bags; the last may be shorter."""
+    for start in range(0, len(bags), size):
+        yield bags[start : start + size]
+
+
+def micro_batches(bags: Sequence[Bag], budget: int) -> Iterator[list[Bag]]:
+    """Runs of bags with at most ``budget`` patches; a larger bag comes alone."""
+    run: list[Bag] = []
+    patches = 0
+    for bag in bags:
+        if run and patches + len(bag) > budget:
+            yield run
+            run, patches = [], 0
+        run.append(bag)
+        patches += len(bag)
+    if run:
+        yield run
+
+
+def fit_standardize(standardize: Standardize, bags: CaseBags, cases: Sequence[str]) -> None:
+    """Set mean and deviation, per feature, to those of all patches of the training cases.
+
+    A feature that does not vary keeps the deviation 1.
+
+    Args:
+        standardize: Whose buffers are set.
+        bags: The cohort.
+        cases: The training cases.
+    """
+    count, total = 0, torch.zeros(len(standardize.mean), dtype=torch.float64)
+    square = torch.zeros_like(total)
+    shift = bags.features(cases[0])[0].double().cpu()  # against cancellation in the sum of squares
+    for case in cases:
+        features = bags.features(case).double().cpu() - shift
+        count += len(features)
+        total += features.sum(dim=0)
+        square += features.square().sum(dim=0)
+    mean = total / count
+    std = (square / count - mean.square()).clamp_min(0).sqrt()
+    standardize.mean.copy_(mean + shift)
+    standardize.std.copy_(torch.where(std > _LEAST_DEVIATION, std, 1.0))

@@ -1,0 +1,91 @@
+"""What an epoch was like: losses by term, accuracy, AUC, and how sharp the attention was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from featstore.bags import BagBatch
+from heads.evaluation.metrics import rank_auc
+from heads.models.outputs import Attention, HeadOutput
+from heads.models.penalties import entropy
+from heads.models.pooling import segment_max
+from heads.training.objective import Terms
+
+
+@dataclass
+class EpochLog:
+    """Collects what the batches of an epoch gave, without any computation graph.
+
+    Nothing is read from the device before `summary`, so that no batch waits for it.
+    """
+
+    _losses: list[torch.Tensor] = field(default_factory=list)
+    _penalties: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    _logits: list[torch.Tensor] = field(default_factory=list)
+    _labels: list[torch.Tensor] = field(default_factory=list)
+    _attention: dict[str, list[Attention]] = field(default_factory=dict)
+
+    def add(self, output: HeadOutput, batch: BagBatch, terms: Terms) -> None:
+        """Note a batch."""
+        self._losses.append(terms.loss.detach())
+        for name, value in terms.penalties.items():
+            self._penalties.setdefault(name, []).append(value.detach())
+        if terms.aux_loss is not None:
+            aux = terms.aux_loss.detach().expand(len(terms.loss))
+            self._penalties.setdefault("aux_loss", []).append(aux)
+        self._logits.append(output.logits.detach().float())
+        if batch.labels is not None:
+            self._labels.append(batch.labels)
+        for level, attention in output.attention.items():
+            if attention.weights.ndim == 1:
+                parts = (attention.weights, attention.logits, attention.offsets)
+                self._attention.setdefault(level, []).append(Attention(*(p.detach() for p in parts)))
+
+    def summary(self, batch_size: int) -> dict[str, float]:
+        """One number a measure; undefined ones (the AUC of one class) are NaN.
+
+        Args:
+            batch_size: Cases a batch, for the variance of the batches' losses.
+        """
+        losses = torch.cat(self._losses).double().cpu()
+        penalties = {name: float(torch.cat(v).double().mean()) for name, v in self._penalties.items()}
+        probabilities = torch.softmax(torch.cat(self._logits).double(), dim=1).cpu().numpy()
+        labels = torch.cat(self._labels).cpu().numpy()
+        means = torch.stack([part.mean() for part in torch.split(losses, batch_size)])
+        found = {
+            "loss": float(losses.mean()) + sum(penalties.values()),
+            "cross_entropy": float(losses.mean()),
+            **penalties,
+            "accuracy": float((probabilities.argmax(1) == labels).mean()),
+            "auc": rank_auc(labels, probabilities),
+            "batch_loss_variance": float(means.var(correction=0)),
+        }
+        for level, parts in self._attention.items():
+            found.update(_sharpness(level, parts))
+        return found
+
+    def is_finite(self) -> bool:
+        """Whether every loss so far was a number."""
+        return bool(torch.isfinite(torch.cat(self._losses)).all())
+
+
+def _sharpness(level: str, parts: list[Attention]) -> dict[str, float]:
+    """Means over a level's segments: entropy in nats, effective instances exp(H), largest weight."""
+    sizes = torch.cat([part.offsets.diff() for part in parts])
+    whole = Attention(
+        torch.cat([part.weights for part in parts]),
+        torch.cat([part.logits for part in parts]),
+        torch.cat((sizes.new_zeros(1), sizes.cumsum(0))),
+    )
+    h, top = entropy(whole), segment_max(whole.weights, whole.offsets)
+    values = torch.stack((h.mean(), h.exp().mean(), top.mean())).tolist()
+    names = ("attention_entropy", "effective_instances", "top1_attention")
+    return {f"{name}_{level}": value for name, value in zip(names, values, strict=True)}
+
+
+def mean_norm(norms: list[torch.Tensor]) -> float:
+    """The mean gradient norm of an epoch's steps; NaN without any."""
+    return float(torch.stack(norms).mean()) if norms else float(np.nan)

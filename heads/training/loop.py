@@ -1,0 +1,267 @@
+"""The training loop: epochs of steps, validation, early stopping, and a state to resume from."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from featstore.bags import Bag
+from featstore.cohort.splits import Split
+from featstore.errors import ConfigError, FeatstoreError
+from featstore.resident import CaseBags
+from heads.config import TrainConfig
+from heads.models.head import Head
+from heads.training.data import TrainingBags, chunks, fit_standardize, micro_batches
+from heads.training.diagnostics import EpochLog, mean_norm
+from heads.training.objective import Objective, make_class_weights
+
+
+class TrainingError(FeatstoreError):
+    """A training that failed."""
+
+    exit_code = 1
+
+
+@dataclass
+class Progress:
+    """How far a training is.
+
+    Attributes:
+        epoch: Epochs done.
+        best_epoch: The one with the lowest validation loss, from 1; 0 before the first.
+        best_val_loss: Its class-weighted, smoothed cross-entropy, without penalties.
+        reference: The validation loss that early stopping compares with.
+        waited: Epochs since the validation loss fell by `min_delta`.
+        history: One row an epoch: everything that is logged.
+    """
+
+    epoch: int = 0
+    best_epoch: int = 0
+    best_val_loss: float = math.inf
+    reference: float = math.inf
+    waited: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+class Training:
+    """Trains a head on the training cases and watches the validation cases.
+
+    Whatever an epoch draws (order, samples, dropout) depends on the seed and its number alone, so
+    that a training that was interrupted and resumed equals one that was not.
+
+    Args:
+        head: As drawn from the seed; trained in place.
+        bags: The cohort.
+        split: Which cases are for what; the test cases are never looked at.
+        config: Resolved (`heads.config.resolved`).
+        class_names: In config order.
+
+    Raises:
+        ConfigError: The settings do not suit the head, the cases or the device.
+    """
+
+    def __init__(
+        self, head: Head, bags: CaseBags, split: Split, config: TrainConfig, class_names: Sequence[str]
+    ) -> None:
+        self.config, self.bags, self.split = config, bags, split
+        self.head = head.to(bags.device)
+        labels = [bags.outlines[case].label or 0 for case in split.train]
+        if len(set(labels)) < 2:
+            raise ConfigError(
+                f"all {len(labels)} training cases are of class {class_names[labels[0]]}",
+                expected="training cases of two classes or more",
+                where="the split, labels.file, classes",
+                fix="split again, or check `classes:` and the labels",
+            )
+        self.objective = Objective(config, head, make_class_weights(config, labels, class_names))
+        self.data = TrainingBags(bags, split.train, config, class_names)
+        if config.standardize == "train":
+            fit_standardize(self.head.standardize, bags, split.train)
+        self.optimizer = _optimizer(self.head, config, bags.device)
+        self.scheduler = _scheduler(self.optimizer, config)
+        self.ema: AveragedModel | None = None
+        if config.ema_decay:
+            average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
+            self.ema = AveragedModel(self.head, multi_avg_fn=average, use_buffers=True)
+        self.scaler = torch.amp.GradScaler(bags.device.type, enabled=config.amp == "fp16")
+        if config.amp == "fp16" and bags.device.type == "cpu":
+            raise ConfigError(
+                "fp16 without a GPU", expected="bf16 or off", where="train.amp", fix="--amp bf16"
+            )
+        self.progress = Progress()
+        self.best: dict[str, torch.Tensor] = {}
+
+    @property
+    def model(self) -> Head:
+        """What is validated and kept: the moving average where there is one, else the head."""
+        return self.head if self.ema is None else self.ema.module  # type: ignore[return-value]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done or early stopping has spoken."""
+        config, progress = self.config, self.progress
+        stopped = config.patience is not None and progress.waited >= config.patience
+        return progress.epoch >= config.epochs or (stopped and progress.epoch >= config.min_epochs)
+
+    def run(
+        self,
+        after_epoch: Callable[[Training], None] = lambda training: None,
+        stop: Sequence[int] = (),
+    ) -> None:
+        """Train until finished, or until ``stop`` is no longer empty.
+
+        Args:
+            after_epoch: Called after every epoch: to save, to show.
+            stop: Signals received so far; looked at between epochs.
+
+        Raises:
+            TrainingError: The loss is no longer a number.
+        """
+        while not self.finished and not stop:
+            self._epoch()
+            after_epoch(self)
+
+    def _epoch(self) -> None:
+        progress, start = self.progress, time.perf_counter()
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        schedule = self.head.schedule(progress.epoch, self.config.epochs)
+        row = {"epoch": progress.epoch + 1, "lr": lr, **schedule}
+        # A seed of its own for every epoch, and the caller's chance left as it was.
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.seed * 1_000_003 + progress.epoch)
+            log, norms = self._steps(self.data.epoch(progress.epoch), schedule)
+        size = int(self.config.batch_size)
+        row["grad_norm"] = mean_norm(norms)
+        row |= {f"train_{name}": value for name, value in log.summary(size).items()}
+        if not math.isfinite(row["train_loss"]):
+            raise TrainingError(
+                f"the loss is no longer a number in epoch {progress.epoch + 1}",
+                expected="finite losses",
+                where=f"lr {lr:g}, train.amp {self.config.amp}, gradient norm {row['grad_norm']:.3g}",
+                fix="lower train.lr, clip the gradient (--grad-clip 0.5), or use standardize: train",
+            )
+        row |= {f"val_{name}": value for name, value in self.validate(self.split.val).summary(size).items()}
+        row["seconds"] = time.perf_counter() - start
+        progress.epoch += 1
+        progress.history.append(row)
+        self._judge(row["val_cross_entropy"])
+
+    def _steps(
+        self, epoch: Sequence[Bag], schedule: Mapping[str, float]
+    ) -> tuple[EpochLog, list[torch.Tensor]]:
+        """The optimiser steps of an epoch."""
+        config, log, norms = self.config, EpochLog(), list[torch.Tensor]()
+        self.head.train()
+        batch_size = int(config.batch_size)
+        for step in chunks(epoch, batch_size * config.gradient_accumulation_steps):
+            self.optimizer.zero_grad(set_to_none=True)
+            batches = chunks(step, batch_size)
+            for bags in (micro for batch in batches for micro in micro_batches(batch, config.patch_budget)):
+                batch = self.bags.batch(bags)
+                with autocast(self.bags.device, config.amp):
+                    output = self.head(batch, **schedule)
+                terms = self.objective(output, batch, self.progress.epoch)
+                torch.autograd.backward(self.scaler.scale(terms.total(len(step))))
+                log.add(output, batch, terms)
+            self.scaler.unscale_(self.optimizer)
+            norms.append(self._clip())
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.ema is not None:
+                self.ema.update_parameters(self.head)
+        return log, norms
+
+    def _clip(self) -> torch.Tensor:
+        """The gradient's norm, before it is clipped."""
+        parameters = [p for p in self.head.parameters() if p.grad is not None]
+        if self.config.grad_clip == "auto" or not self.config.grad_clip:
+            return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
+
+    @torch.no_grad()
+    def validate(self, cases: Iterable[str]) -> EpochLog:
+        """Losses and attention of cases with all their patches, by the model that is kept."""
+        log, model = EpochLog(), self.model
+        model.eval()
+        schedule = model.schedule(self.config.epochs - 1, self.config.epochs)
+        bags = [self.bags.outlines[case] for case in cases]
+        for micro in micro_batches(bags, self.config.patch_budget):
+            batch = self.bags.batch(micro)
+            with autocast(self.bags.device, self.config.amp):
+                output = model(batch, **schedule)
+            log.add(output, batch, self.objective(output, batch, self.progress.epoch))
+        return log
+
+    def _judge(self, val_loss: float) -> None:
+        """Keep the best epoch, lower the learning rate, count towards early stopping."""
+        progress = self.progress
+        if val_loss < progress.best_val_loss:
+            progress.best_val_loss, progress.best_epoch = val_loss, progress.epoch
+            self.best = {name: value.cpu().clone() for name, value in self.model.state_dict().items()}
+        if val_loss < progress.reference - self.config.min_delta:
+            progress.reference, progress.waited = val_loss, 0
+        else:
+            progress.waited += 1
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step(val_loss)
+        elif self.scheduler is not None:
+            self.scheduler.step()
+
+    def state(self) -> dict[str, Any]:
+        """Everything that resuming needs, of types that ``torch.load(weights_only=True)`` reads."""
+        return {
+            "head": self.head.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "progress": copy.deepcopy(vars(self.progress)),
+            "best": self.best,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.head.load_state_dict(state["head"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        self.best = dict(state["best"])
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """The context of a forward pass; ``off``: float32."""
+    kinds = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, kinds[amp], enabled=amp != "off")
+
+
+def _optimizer(head: Head, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(head.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def _scheduler(
+    optimizer: torch.optim.Optimizer, config: TrainConfig
+) -> torch.optim.lr_scheduler.LRScheduler | torch.optim.lr_scheduler.ReduceLROnPlateau | None:
+    kinds = torch.optim.lr_scheduler
+    if config.scheduler == "plateau":
+        return kinds.ReduceLROnPlateau(
+            optimizer,
+            factor=config.scheduler_factor,
+            patience=config.scheduler_patience,
+            min_lr=config.min_lr,
+        )
+    if config.scheduler == "cosine":
+        return kinds.CosineAnnealingLR(optimizer, config.epochs, eta_min=min(config.min_lr, config.lr))
+    return None
