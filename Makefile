@@ -28,3 +28,4 @@ lint: setup
 bench: setup
 	$(BIN)/python tests/bench/bench_scan.py
 	$(BIN)/python tests/bench/bench_extract.py
+	$(BIN)/featstore bench train

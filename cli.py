@@ -140,21 +140,27 @@ def evaluate(
     call.show(done.to_text(), done.to_json())
 
 
-@command((*COHORT, "backbone", "extract"), presets=_gpu)
+@command((*COHORT, "backbone", "extract"), in_project=False, presets=_gpu)
 def bench(
     call: Call[Config],
-    what: str = typer.Argument("extract", help="what to measure: extract"),
+    what: str = typer.Argument("extract", help="what to measure: extract (in a project) | train"),
     patches_used: int = typer.Option(
-        512, "--sample", min=32, help="patches of the project to measure with"
+        512, "--sample", min=32, help="extract: patches of the project to measure with"
     ),
-    gpu: bool = typer.Option(False, "--gpu", help="insist on a GPU (--device cuda)"),
+    gpu: bool = typer.Option(False, "--gpu", help="insist on a GPU"),
 ) -> None:
-    """Measure the pipeline against the limit that decoding and backbone set on this machine."""
-    from featstore.bench import bench_extract
+    """Measure against the limit: decoding and backbone, or the matrix products of a training."""
+    result: Any
+    if what == "extract":
+        from featstore.bench import bench_extract
 
-    if what != "extract":
-        raise ConfigError(f"there is no benchmark {what!r}", expected="extract", where="bench")
-    result = bench_extract(call.config, call.project, patches_used)
+        result = bench_extract(call.config, call.project, patches_used)
+    elif what == "train":
+        from heads.bench import bench_train
+
+        result = bench_train("cuda" if gpu else "auto")
+    else:
+        raise ConfigError(f"there is no benchmark {what!r}", expected="extract | train", where="bench")
     call.show(result.to_text(), result.to_json())
 
 
@@ -175,14 +181,38 @@ def demo(call: Call[Config], folder: Path = typer.Argument(Path("demo"), help="f
     if report.interrupted is not None:
         raise typer.Exit(128 + report.interrupted)
     summary = summarize(Store.open(folder / inside.config.store.path))
+    call.tell(f"\n{summary.to_text()}")
+    runs = [_demo_run(inside, name) for name in ("hierarchical", "dual_stream")]
     call.show(
-        f"\n{summary.to_text()}\n\nThe folder works like your own will:\n  cd {folder}\n"
-        "  featstore check      what is in the cohort, and what looks odd\n"
-        "  featstore extract    nothing left to do\n"
-        "  featstore info       what the store holds\n"
-        "With your own patches: featstore init PATCHES --labels labels.csv",
-        summary.to_json(),
+        f"\nThe folder works like your own will:\n  cd {folder}\n{_DEMO_NEXT}",
+        {"store": summary.to_json(), "runs": runs},
     )
+
+
+_DEMO_NEXT = """\
+  featstore check                               what is in the cohort, and what looks odd
+  featstore train-head --model dual_stream      another training, another run folder
+  featstore evaluate                            the newest run again, from its checkpoints
+  featstore split --folds 5                     splits for trainings to share; then train-head --fold 0
+With your own patches:
+  featstore init PATCHES --labels labels.csv && featstore extract && featstore train-head"""
+
+
+def _demo_run(call: Call[Config], name: str) -> dict[str, Any]:
+    from heads.evaluation.planted import planted_rank
+    from heads.evaluation.results import ATTENTION
+
+    head = call.config.head.model_copy(update={"name": name})
+    runs = call.config.runs.model_copy(update={"suffix": name, "analyze_attention": True})
+    config = call.config.model_copy(update={"head": head, "runs": runs})
+    call.tell(f"\nfeatstore train-head --model {name}")
+    run = _train(Call(config, call.project, call.as_json), by_epoch=False)
+    call.tell(run.to_text())
+    if run.interrupted is not None:
+        raise typer.Exit(128 + run.interrupted)
+    rank = planted_rank(run.run.path / ATTENTION, call.project / "planted.csv")
+    call.tell(f"  {rank.to_text()}")
+    return {**run.to_json(), "planted": rank.to_json()}
 
 
 def _caps(config: Config) -> Any:

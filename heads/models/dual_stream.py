@@ -10,6 +10,7 @@ from torch import nn
 
 from featstore.bags import BagBatch
 from heads.config import DualStreamConfig
+from heads.models.dropout import Dropout
 from heads.models.head import Head, register_head
 from heads.models.outputs import Attention, HeadOutput
 from heads.models.pooling import (
@@ -48,9 +49,9 @@ class DualStream(Head):
         width, inner = (config.hidden_dim if config.use_hidden_layer else dim), config.attention_dim
         self.kind = config.attention_type
         self.hidden = nn.Linear(dim, width) if config.use_hidden_layer else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.score = nn.Sequential(
-            nn.Linear(width, inner), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(inner, 1)
+            nn.Linear(width, inner), nn.ReLU(), Dropout(config.dropout), nn.Linear(inner, 1)
         )
         if self.kind in ("gated", "dsmil"):
             self.query, self.key = nn.Linear(width, inner), nn.Linear(width, inner)

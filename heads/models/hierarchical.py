@@ -7,6 +7,7 @@ from torch import nn
 
 from featstore.bags import BagBatch
 from heads.config import HierarchicalConfig
+from heads.models.dropout import Dropout
 from heads.models.head import Head, register_head
 from heads.models.outputs import Attention, HeadOutput
 from heads.models.pooling import AttentionPool
@@ -44,9 +45,9 @@ class Hierarchical(Head):
             )
 
         self.projector = nn.Linear(dim, config.embed_dim)
-        self.projector_dropout = nn.Dropout(rate(config.projector_dropout))
+        self.projector_dropout = Dropout(rate(config.projector_dropout))
         self.pools = nn.ModuleDict({level: pool() for level in ("patch", "slice", "stain")})
-        self.classifier_dropout = nn.Dropout(rate(config.classifier_dropout))
+        self.classifier_dropout = Dropout(rate(config.classifier_dropout))
         self.classifier = nn.Linear(config.embed_dim, classes)
 
     def forward(self, batch: BagBatch, **schedule: float) -> HeadOutput:

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from heads.models.dropout import Dropout
 from heads.models.outputs import Attention
 
 PoolKind = Literal["tanh", "gated"]
@@ -112,7 +113,7 @@ class AttentionPool(nn.Module):
         super().__init__()
         self.value = nn.Linear(embed_dim, hidden)
         self.gate = nn.Linear(embed_dim, hidden) if kind == "gated" else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.weight = nn.Linear(hidden, 1)
 
     def forward(self, members: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, Attention]:

@@ -137,7 +137,7 @@ class Training:
         # A seed of its own for every epoch, and the caller's chance left as it was.
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed * 1_000_003 + progress.epoch)
-            log, norms = self._steps(self.data.epoch(progress.epoch), schedule)
+            log, norms = self.learn(self.data.epoch(progress.epoch), schedule)
         size = int(self.config.batch_size)
         row["grad_norm"] = mean_norm(norms)
         row |= {f"train_{name}": value for name, value in log.summary(size).items()}
@@ -154,10 +154,10 @@ class Training:
         progress.history.append(row)
         self._judge(row["val_cross_entropy"])
 
-    def _steps(
+    def learn(
         self, epoch: Sequence[Bag], schedule: Mapping[str, float]
     ) -> tuple[EpochLog, list[torch.Tensor]]:
-        """The optimiser steps of an epoch."""
+        """The optimiser steps of an epoch: what it gave, and the gradient norms before clipping."""
         config, log, norms = self.config, EpochLog(), list[torch.Tensor]()
         self.head.train()
         batch_size = int(config.batch_size)
