@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
-
-from featstore.demo import make_demo_cohort
 
 IMAGES = Path(__file__).parent / "images"
 CELL, LABEL, TITLE, IN_ROW = 130, 112, 30, 6
@@ -58,12 +58,49 @@ def _richest(rows: list[dict[str, str]], cases: set[str]) -> str:
     return max(cases, key=richness)
 
 
+def attention_picture(project: Path, run: Path) -> Image.Image:
+    """Draw the six patches of every high-grade test case that have the most effective attention.
+
+    Args:
+        project: The demo's folder.
+        run: A run in it that has `attention_analysis/patch_attention.csv`.
+
+    Returns:
+        One row a case, planted patches outlined, the attention below each patch.
+    """
+    with (project / "planted.csv").open(encoding="utf-8", newline="") as file:
+        planted = {row["path"]: row["planted"] for row in csv.DictReader(file)}
+    table = run / "attention_analysis" / "patch_attention.csv"
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = [{**row, "planted": planted[row["path"]]} for row in csv.DictReader(file)]
+    cases = list(dict.fromkeys(row["case_id"] for row in rows if row["planted"] == "1"))
+    step = CELL + TITLE
+    sheet = Image.new("RGB", (LABEL + IN_ROW * CELL, len(cases) * step), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for number, case in enumerate(cases):
+        own = [row for row in rows if row["case_id"] == case]
+        own.sort(key=lambda row: -float(row["effective_attention"]))
+        shown = own[:IN_ROW]
+        count = sum(row["planted"] == "1" for row in own)
+        text = f"case {case}\n{len(own)} patches,\n{count} planted"
+        draw.text((8, number * step + CELL // 3), text, fill="black", font=font)
+        _draw_cells(sheet, project, shown, number * step)
+        for column, row in enumerate(shown):
+            share = f"{float(row['effective_attention']):.1%}"
+            left = LABEL + column * CELL + CELL // 2 - 18
+            draw.text((left, number * step + CELL + 2), share, fill="black", font=font)
+    return sheet.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
+
+
 def _draw_row(sheet: Image.Image, folder: Path, rows: list[dict[str, str]], top: int) -> None:
     """Up to three planted patches among six, in the order of the table."""
     planted = [row for row in rows if row["planted"] == "1"][: IN_ROW // 2]
     others = [row for row in rows if row["planted"] == "0"][: IN_ROW - len(planted)]
-    shown = [row for row in rows if row in planted or row in others]
-    for column, row in enumerate(shown):
+    _draw_cells(sheet, folder, [row for row in rows if row in planted or row in others], top)
+
+
+def _draw_cells(sheet: Image.Image, folder: Path, rows: list[dict[str, str]], top: int) -> None:
+    for column, row in enumerate(rows):
         patch = Image.open(folder / "patches" / row["path"])
         patch.thumbnail((CELL - 8, CELL - 8))
         left = LABEL + column * CELL + (CELL - patch.width) // 2
@@ -77,5 +114,11 @@ def _draw_row(sheet: Image.Image, folder: Path, rows: list[dict[str, str]], top:
 if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        make_demo_cohort(Path(folder))
-        demo_picture(Path(folder)).save(IMAGES / "demo_patches.png", optimize=True)
+        demo = Path(folder) / "demo"
+        subprocess.run([Path(sys.executable).with_name("featstore"), "demo", demo], check=True)
+        demo_picture(demo).save(IMAGES / "demo_patches.png", optimize=True)
+        (run,) = (demo / "runs").glob("*_dual_stream")
+        attention_picture(demo, run).save(IMAGES / "demo_attention.png", optimize=True)
+        loss = Image.open(run / "model_loss.png")
+        loss.thumbnail((760, 760))
+        loss.convert("RGB").quantize(64).save(IMAGES / "demo_loss.png", optimize=True)

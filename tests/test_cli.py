@@ -236,15 +236,41 @@ def test_a_damaged_store_ends_with_1(project: Path) -> None:
     assert "to do:" in result.stderr
 
 
-def test_the_demo_answers_in_pure_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_ends_with_two_runs_and_the_rank_of_planted_patches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from types import SimpleNamespace
 
+    import pandas as pd
+    from sklearn.metrics import roc_auc_score
+
     from featstore import demo
+    from tests import helpers
 
     def small(folder: Path) -> SimpleNamespace:
-        make_project(folder, cases=1)
-        return SimpleNamespace(n_patches=5, n_cases=1)
+        make_project(folder, {"labels": {"file": "labels.csv"}}, cases=10, slices=2, patches=4)
+        helpers.write_labels(folder, {str(n): n % 2 for n in range(1, 11)})
+        paths = sorted(path.name for path in (folder / "patches").iterdir())
+        planted = [int("patch2" in path and int(path.split("_")[1]) % 2) for path in paths]
+        pd.DataFrame({"path": paths, "planted": planted}).to_csv(folder / "planted.csv", index=False)
+        return SimpleNamespace(n_patches=80, n_cases=10)
 
     monkeypatch.setattr(demo, "write_demo_project", small)
-    assert answer(tmp_path, "demo", "here")["patches"] == 5
-    assert "featstore extract" in succeeded(tmp_path, "demo", "there").stdout
+    found = answer(tmp_path, "demo", "here")
+    assert found["store"]["patches"] == 80
+    assert [Path(run["run"]).name.split("_", 3)[3] for run in found["runs"]] == [
+        "hierarchical",
+        "dual_stream",
+    ]
+    for run in found["runs"]:
+        attention = pd.read_csv(Path(run["run"]) / "attention_analysis" / "patch_attention.csv")
+        attention["planted"] = attention["path"].str.contains("patch2") & (attention["case_id"] % 2 == 1)
+        cases = [case for _, case in attention.groupby("case_id") if case["planted"].any()]
+        aucs = [roc_auc_score(case["planted"], case["effective_attention"]) for case in cases]
+        top = [case.nlargest(2, "effective_attention")["planted"].sum() for case in cases]
+        want = (len(cases), 2 * len(cases), pytest.approx(sum(aucs) / len(aucs)), sum(top))
+        planted = run["planted"]
+        assert (planted["cases"], planted["planted"], planted["auc"], planted["found"]) == want
+    text = succeeded(tmp_path, "demo", "there").stdout
+    assert "planted patches by effective attention: AUC" in text
+    assert "featstore train-head" in text
