@@ -140,7 +140,7 @@ def evaluate(
     call.show(done.to_text(), done.to_json())
 
 
-@command((*COHORT, "backbone", "extract"), in_project=False, presets=_gpu)
+@command((*COHORT, "backbone", "extract"), in_project=None, presets=_gpu)
 def bench(
     call: Call[Config],
     what: str = typer.Argument("extract", help="what to measure: extract (in a project) | train"),

@@ -106,7 +106,7 @@ class CommandLine(Generic[C]):
         self,
         shown: Sequence[str],
         *,
-        in_project: bool = True,
+        in_project: bool | None = True,
         presets: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> Callable[[Callable[..., None]], Callable[..., None]]:
         """Make a function a command that also takes every setting as a flag.
@@ -114,7 +114,7 @@ class CommandLine(Generic[C]):
         Args:
             shown: Sections that the command is about, whose flags `--help` lists; the others work
                 all the same, if need be as ``--section-key``.
-            in_project: Whether a `featstore.yaml` must be there.
+            in_project: Whether a `featstore.yaml` must be there; None: it is read if it is.
             presets: Settings that the command's own options stand for.
         """
 
@@ -176,14 +176,17 @@ class CommandLine(Generic[C]):
         return parameters
 
     def _call(
-        self, values: dict[str, Any], shown: Sequence[str], in_project: bool, presets: dict[str, Any]
+        self, values: dict[str, Any], shown: Sequence[str], in_project: bool | None, presets: dict[str, Any]
     ) -> Call[C]:
         """The settings: defaults, featstore.yaml, --config, --set, flags; the last word wins."""
         here = Path.cwd()
         layers = settings.Layers()
         given = values["project"].absolute() if values["project"] else None
-        project = given or (settings.find_project(here) if in_project else here)
-        if in_project and project is not None and (project / settings.PROJECT_FILE).is_file():
+        project = given or (here if in_project is False else settings.find_project(here))
+        if in_project is None:
+            project = project or here
+        there = project is not None and (project / settings.PROJECT_FILE).is_file()
+        if in_project is not False and project is not None and there:
             path = project / settings.PROJECT_FILE
             layers.add(self._model, read_file(path), str(path))
         elif in_project or project is None:

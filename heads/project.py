@@ -31,12 +31,13 @@ from heads.evaluation.runs import (
     load_weights,
     read_about,
     read_config,
+    save_best,
     save_state,
     write_config,
     write_json,
 )
 from heads.models.head import Head, build_head, load_plugin
-from heads.training.loop import Progress, Training
+from heads.training.loop import Progress, Training, TrainingError
 from heads.training.objective import make_class_weights
 
 SAVE_SECONDS = 10.0  # of training that a killed process may lose
@@ -121,8 +122,13 @@ def train_project(
         run = _start(runs, config, about, split)
         tell(f"{run.path}: {config.head.name} on {sizes(split)}, {bags.device}")
     with stop_on_signal() as received:
-        saver = _Saver(run, config, identity_of(config, about), observe)
-        training.run(saver, received)
+        identity = identity_of(config, about)
+        saver = _Saver(run, config, identity, observe)
+        try:
+            training.run(saver, received)
+        except TrainingError:
+            save_best(run, training.best, identity)  # what was good stays
+            raise
         saver.save(training)
     if not training.finished:
         return TrainedRun(run, None, received[0], training.progress.epoch)
@@ -207,12 +213,11 @@ class _Saver:
         self._observe(training.progress, self._train.epochs)
 
     def save(self, training: Training) -> None:
-        self._history(training)
         save_state(self._run, training.state(), self._identity)
         self._saved = time.monotonic()
 
     def _history(self, training: Training) -> pd.DataFrame:
-        history = history_frame(training.progress.history or [{"epoch": 0}])
+        history = history_frame(training.progress.history)
         history.to_csv(self._run.history, index=False)
         return history
 

@@ -176,12 +176,17 @@ def read_about(run: RunFolder) -> dict[str, Any]:
 
 
 def save_state(run: RunFolder, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Write ``last.pth``, and ``best.safetensors`` with what it is in its header."""
+    """Write ``last.pth``, and the best epoch's weights beside it."""
     torch.save({"identity": dict(identity), **state}, _aside(run.last))
     os.replace(_aside(run.last), run.last)
-    if state["best"]:
+    save_best(run, state["best"], identity)
+
+
+def save_best(run: RunFolder, best: Mapping[str, torch.Tensor], identity: Mapping[str, Any]) -> None:
+    """Write ``best.safetensors``, with what it belongs to in its header; nothing before an epoch."""
+    if best:
         header = {"featstore": json.dumps(dict(identity), ensure_ascii=False)}
-        tensors = {name: value.contiguous() for name, value in state["best"].items()}
+        tensors = {name: value.contiguous() for name, value in best.items()}
         save_file(tensors, _aside(run.best), metadata=header)
         os.replace(_aside(run.best), run.best)
 

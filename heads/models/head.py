@@ -107,7 +107,7 @@ def build_head(config: HeadConfig, dim: int, classes: int, seed: int = 0) -> Hea
             where=f"head.options.{'.'.join(map(str, problem['loc']))}",
             fix="mend this setting",
         ) from error
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
         torch.manual_seed(seed)
         return build(dim, classes, own)
 

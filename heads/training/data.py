@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from featstore.bags import Bag
+from featstore.errors import ConfigError
 from featstore.resident import CaseBags
 from featstore.sampling import cap_slices, limit_slices, sample_bag, sub_cases
 from heads.config import TrainConfig
@@ -28,6 +29,9 @@ class TrainingBags:
         cases: The training cases.
         config: Resolved (`heads.config.resolved`).
         class_names: In config order.
+
+    Raises:
+        ConfigError: Sub-cases are wanted of a class that there is not.
     """
 
     def __init__(
@@ -38,14 +42,16 @@ class TrainingBags:
         if config.max_slices_per_stain is not None:
             outlines = [limit_slices(bag, config.max_slices_per_stain, config.seed) for bag in outlines]
         if (sub := config.sub_cases) is not None:
-            wanted = {class_names.index(name) for name in sub.classes} if sub.classes else None
-            outlines = [
-                part
-                for bag in outlines
-                for part in (
-                    sub_cases(bag, sub.n, sub.by) if wanted is None or bag.label in wanted else [bag]
+            if strange := [name for name in sub.classes if name not in class_names]:
+                raise ConfigError(
+                    f"train.sub_cases names the class {strange[0]!r}",
+                    expected=f"one of {', '.join(class_names)}",
+                    where="train.sub_cases.classes",
+                    fix="write the names of `classes:`",
                 )
-            ]
+            wanted = {class_names.index(name) for name in sub.classes or class_names}
+            split = [sub_cases(bag, sub.n, sub.by) if bag.label in wanted else [bag] for bag in outlines]
+            outlines = [part for parts in split for part in parts]
         self.outlines = outlines
         self._entropy: NDArray[np.float64] | None = None
         if config.sampling == "entropy":

@@ -135,7 +135,8 @@ class Training:
         schedule = self.head.schedule(progress.epoch, self.config.epochs)
         row = {"epoch": progress.epoch + 1, "lr": lr, **schedule}
         # A seed of its own for every epoch, and the caller's chance left as it was.
-        with torch.random.fork_rng():
+        devices = [self.bags.device] if self.bags.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
             torch.manual_seed(self.config.seed * 1_000_003 + progress.epoch)
             log, norms = self.learn(self.data.epoch(progress.epoch), schedule)
         size = int(self.config.batch_size)
