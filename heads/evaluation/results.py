@@ -136,7 +136,7 @@ def write_results(
     folder, (predictions, metrics) = done.run.path, done.best
     if attention is not None:
         (folder / ATTENTION).parent.mkdir(exist_ok=True)
-        write_csv(folder / ATTENTION, list(attention), attention.to_numpy(object).tolist())
+        write_csv(folder / ATTENTION, attention.columns.tolist(), attention.to_numpy(object).tolist())
     write_predictions(folder / "predictions.csv", predictions, metrics)
     plot_confusion(metrics.confusion_matrix, metrics.class_names, folder / "confusion_matrix.png")
     plot_deviation(
