@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from featstore.cohort.names import natural_key
-from featstore.errors import FeatstoreError
+from featstore.errors import ConfigError, FeatstoreError
 from featstore.settings import Layers
-from featstore.strict_yaml import read_file
+from featstore.strict_yaml import parse, read_file
 from heads.config import Config
 from heads.models.head import Head, build_head
 
@@ -139,8 +138,23 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_config(path: Path, config: Config) -> None:
     """Write the config as YAML that `--config` takes."""
-    text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    text = yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     _replace(path, text.encode())
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that our own reader would take for something else, such as ``1e3``."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    try:
+        plain = parse(text, "") == text
+    except ConfigError:
+        plain = False
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def read_config(run: RunFolder) -> Config:
@@ -203,9 +217,9 @@ def load_state(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or "identity" not in state:
+        if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):
             raise ValueError("it lacks a featstore training's state")
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # what torch raises depends on where the bytes stop making sense
         reason = (
             "it holds Python objects, which can run code" if "weights_only" in str(error) else str(error)
         )
@@ -224,6 +238,8 @@ def load_best(run: RunFolder, config: Config, about: Mapping[str, Any]) -> Head:
     try:
         with safe_open(run.best, "pt") as file:
             identity = json.loads((file.metadata() or {}).get("featstore", "{}"))
+            if not isinstance(identity, dict):
+                raise ValueError("its header does not say what it belongs to")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as error:
         raise _unreadable(run.best, str(error)) from error
