@@ -45,6 +45,9 @@ class CaseBags:
         self.resident: torch.Tensor | None = None
         if size <= memory:
             self._load(rows)
+        else:
+            for case in self.outlines:  # better told now than in the middle of an epoch
+                self._read(case)
 
     def _load(self, rows: int) -> None:
         dtype = torch.from_numpy(np.empty(0, self.store.spec.stored_dtype)).dtype

@@ -20,7 +20,13 @@ from featstore.store import Store
 from heads.cohort import check_unchanged, describe, load_bags, read_cohort, sizes
 from heads.config import Config, resolved, unused_settings
 from heads.evaluation.plots import plot_history
-from heads.evaluation.results import Evaluation, evaluate_heads, history_frame, write_results
+from heads.evaluation.results import (
+    Evaluation,
+    check_threshold,
+    evaluate_heads,
+    history_frame,
+    write_results,
+)
 from heads.evaluation.runs import (
     RunFolder,
     create_run,
@@ -101,13 +107,14 @@ def train_project(
         config, about = _resumed(config, run, tell), read_about(run)
         split, _ = read_split(run.splits, list(about["labels"]), {}, normalize_cases=False)
         load_plugin(_plugin(config, project))
-        bags = load_bags(config, project, about["labels"], tell)
+        bags = load_bags(config, project, about["labels"], tell, about["store"]["fingerprint"])
         check_unchanged(bags, about, tell)
     else:
         config = resolved(config)
         load_plugin(_plugin(config, project))
         store = Store.open(project / config.store.path)
         names, labels, split = read_cohort(config, project, store, tell)
+        check_threshold(config.runs, [labels[case] for case in split.val], names)
         for name in unused_settings(config.head):
             tell(f"warning: {name} is set, but the head {config.head.name} does not read it")
         bags = load_bags(config, project, labels, tell)
@@ -127,6 +134,7 @@ def train_project(
         try:
             training.run(saver, received)
         except TrainingError:
+            saver.write_history(training)
             save_best(run, training.best, identity)  # what was good stays
             raise
         saver.save(training)
@@ -157,7 +165,7 @@ def evaluate_project(
     mine = mine.model_copy(update={"runs": config.runs})
     load_plugin(_plugin(mine, project))
     split, _ = read_split(run.splits, list(about["labels"]), {}, normalize_cases=False)
-    bags = load_bags(mine, project, about["labels"], tell)
+    bags = load_bags(mine, project, about["labels"], tell, about["store"]["fingerprint"])
     check_unchanged(bags, about, tell)
     return _evaluate(run, mine, about, bags, split, part)
 
@@ -204,7 +212,7 @@ class _Saver:
         self._saved = time.monotonic()
 
     def __call__(self, training: Training) -> None:
-        history = self._history(training)
+        history = self.write_history(training)
         every = self._train.plot_every
         if every and training.progress.epoch % every == 0:
             plot_history(history, self._run.path)
@@ -216,7 +224,8 @@ class _Saver:
         save_state(self._run, training.state(), self._identity)
         self._saved = time.monotonic()
 
-    def _history(self, training: Training) -> pd.DataFrame:
+    def write_history(self, training: Training) -> pd.DataFrame:
+        """Write `history.csv`."""
         history = history_frame(training.progress.history)
         history.to_csv(self._run.history, index=False)
         return history

@@ -142,6 +142,8 @@ class Training:
         row["grad_norm"] = mean_norm(norms)
         row |= {f"train_{name}": value for name, value in log.summary(size).items()}
         row |= {f"val_{name}": value for name, value in self.validate(self.split.val).summary(size).items()}
+        row["seconds"] = time.perf_counter() - start
+        progress.history.append(row)
         if not math.isfinite(row["train_loss"] + row["val_loss"]):
             raise TrainingError(
                 f"the loss is no longer a number in epoch {progress.epoch + 1}",
@@ -149,9 +151,7 @@ class Training:
                 where=f"lr {lr:g}, train.amp {self.config.amp}, gradient norm {row['grad_norm']:.3g}",
                 fix="lower train.lr, clip the gradient (--grad-clip 0.5), or use standardize: train",
             )
-        row["seconds"] = time.perf_counter() - start
         progress.epoch += 1
-        progress.history.append(row)
         self._judge(row["val_cross_entropy"])
 
     def learn(
