@@ -108,9 +108,7 @@ class Training:
     @property
     def finished(self) -> bool:
         """Whether all epochs are done or early stopping has spoken."""
-        config, progress = self.config, self.progress
-        stopped = config.patience is not None and progress.waited >= config.patience
-        return progress.epoch >= config.epochs or (stopped and progress.epoch >= config.min_epochs)
+        return is_finished(self.config, self.progress)
 
     def run(
         self,
@@ -238,6 +236,12 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self.best = dict(state["best"])
+
+
+def is_finished(config: TrainConfig, progress: Progress) -> bool:
+    """Whether all epochs are done or early stopping has spoken."""
+    stopped = config.patience is not None and progress.waited >= config.patience
+    return progress.epoch >= config.epochs or (stopped and progress.epoch >= config.min_epochs)
 
 
 @contextmanager

@@ -17,18 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from featstore.errors import FeatstoreError
 from heads.config import Config, HeadConfig, RunsConfig, SubCases, TrainConfig, resolved
+from heads.evaluation.checkpoints import identity_of, load_best, load_state, load_weights, save_state
 from heads.evaluation.runs import (
     RunError,
     RunFolder,
     create_run,
     find_run,
-    identity_of,
-    load_best,
-    load_state,
-    load_weights,
     read_about,
     read_config,
-    save_state,
     write_config,
     write_json,
 )
