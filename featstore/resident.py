@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -38,12 +39,15 @@ class CaseBags:
     ) -> None:
         self.store, self.device = store, device or torch.device("cpu")
         self.outlines = {case: replace(store.outline(case), label=label) for case, label in labels.items()}
-        self._first = {case: int(bag.rows[0]) for case, bag in self.outlines.items()}
+        self._by_row = case_of_row(self.outlines)
         rows = sum(len(bag) for bag in self.outlines.values())
         size = rows * store.spec.dim * np.dtype(store.spec.stored_dtype).itemsize
         self.resident: torch.Tensor | None = None
         if size <= memory:
             self._load(rows)
+        else:
+            for case in self.outlines:  # better told now than in the middle of an epoch
+                self._read(case)
 
     def _load(self, rows: int) -> None:
         dtype = torch.from_numpy(np.empty(0, self.store.spec.stored_dtype)).dtype
@@ -89,15 +93,24 @@ class CaseBags:
         return replace(batch.to(self.device), features=features)
 
     def _rows(self, bag: Bag) -> torch.Tensor:
-        # A sub-case has its case's rows: these say where its embeddings are.
-        case = bag.case_id if bag.case_id in self.outlines else bag.case_id.rpartition("#")[0]
+        # By row, not by name: a sub-case has a name of its own, which may be another case's.
+        first, case = self._by_row[bisect.bisect_right(self._by_row, int(bag.rows[0]), key=_first) - 1]
         held = self.features(case)
         if len(bag) == len(held):
             return held.to(self.device, non_blocking=True)
-        index = torch.from_numpy(bag.rows - self._first[case])
+        index = torch.from_numpy(bag.rows - first)
         if self.resident is None:
             return held[index].to(self.device, non_blocking=True)
         return held[index.to(self.device, non_blocking=True)]
+
+
+def case_of_row(outlines: Mapping[str, Bag]) -> list[tuple[int, str]]:
+    """The first row of every case and the case, ascending; a case's rows follow one another."""
+    return sorted((int(bag.rows[0]), case) for case, bag in outlines.items())
+
+
+def _first(entry: tuple[int, str]) -> int:
+    return entry[0]
 
 
 def memory_budget(gigabytes: float | str, device: torch.device) -> int:

@@ -15,7 +15,7 @@ from torch import nn
 from featstore.bags import Bag, BagBatch
 from featstore.cohort.splits import Split
 from featstore.process import keep_freed_memory
-from featstore.resident import CaseBags
+from featstore.resident import CaseBags, case_of_row
 from heads.config import Config, HeadConfig, TrainConfig, resolved
 from heads.models.head import build_head
 from heads.models.hierarchical import Hierarchical
@@ -135,8 +135,8 @@ class _Cohort(CaseBags):
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
         self.device = device
         self.outlines = {str(i): _outline(i, size, sum(sizes[:i])) for i, size in enumerate(sizes)}
-        self._first = {case: int(bag.rows[0]) for case, bag in self.outlines.items()}
-        self._start = self._first
+        self._by_row = case_of_row(self.outlines)
+        self._start = {case: first for first, case in self._by_row}
         self.resident = torch.randn(sum(sizes), DIM).half().to(device)
 
 

@@ -16,7 +16,7 @@ from featstore import __version__
 from featstore.cohort import read_groups, read_labels
 from featstore.cohort.names import natural_sorted
 from featstore.cohort.splits import Split, make_splits, read_split
-from featstore.errors import ConfigError
+from featstore.errors import ConfigError, FingerprintMismatch
 from featstore.process import keep_freed_memory
 from featstore.resident import CaseBags, memory_budget
 from featstore.store import Store
@@ -110,13 +110,36 @@ def _choose_split(
 
 
 def load_bags(
-    config: Config, project: Path, labels: dict[str, int], tell: Callable[[str], None]
+    config: Config,
+    project: Path,
+    labels: dict[str, int],
+    tell: Callable[[str], None],
+    fingerprint: str | None = None,
 ) -> CaseBags:
-    """The cases' bags, on the device and in memory as far as the settings let them."""
+    """The cases' bags, on the device and in memory as far as the settings let them.
+
+    Args:
+        config: Of the project, or of a run.
+        project: The folder that relative paths start from.
+        labels: Class index of every case that is wanted.
+        tell: Called with remarks.
+        fingerprint: Of the embeddings that a run was trained on, if there is one.
+
+    Raises:
+        FeatstoreError: The store cannot be used, or holds embeddings of another make.
+    """
     device = _device(config.train.device)
     if device.type == "cpu":
         keep_freed_memory()
     store = Store.open(project / config.store.path)
+    if fingerprint not in (None, store.spec.fingerprint):
+        raise FingerprintMismatch(
+            f"the store has {store.spec.dim} features of {store.spec.backbone}, "
+            f"fingerprint {store.spec.fingerprint}",
+            expected=f"the embeddings that the run was trained on, fingerprint {fingerprint}",
+            where=str(store.path),
+            fix="name the run's store (run.json says which), or train anew",
+        )
     bags = CaseBags(store, labels, memory_budget(config.train.memory_gb, device), device)
     if bags.resident is None:
         tell("warning: the embeddings do not fit into train.memory_gb; every epoch reads them again")

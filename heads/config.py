@@ -118,7 +118,10 @@ class TrainConfig(Section):
     )
     amp: Literal["off", "bf16", "fp16"] = Field("off", description="off | bf16 | fp16 (GPU)")
     ema_decay: float = Field(
-        0.0, ge=0, lt=1, description="moving average of parameters and buffers, a step; 0: off"
+        0.0,
+        ge=0,
+        lt=1,
+        description="moving average of parameters and buffers, from the first step on; 0: off",
     )
     loss: str = Field("cross_entropy", description="cross_entropy, or one that head.plugin registers")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | Auto = Field(

@@ -19,25 +19,34 @@ from featstore.settings import leaves
 from featstore.store import Store
 from heads.cohort import check_unchanged, describe, load_bags, read_cohort, sizes
 from heads.config import Config, resolved, unused_settings
-from heads.evaluation.plots import plot_history
-from heads.evaluation.results import Evaluation, evaluate_heads, history_frame, write_results
-from heads.evaluation.runs import (
-    RunFolder,
-    create_run,
-    find_run,
+from heads.evaluation.checkpoints import (
     identity_of,
     load_best,
     load_state,
     load_weights,
-    read_about,
-    read_config,
     save_best,
     save_state,
+)
+from heads.evaluation.plots import plot_history
+from heads.evaluation.results import (
+    Evaluation,
+    check_threshold,
+    evaluate_heads,
+    history_frame,
+    write_results,
+)
+from heads.evaluation.runs import (
+    RunFolder,
+    create_run,
+    find_run,
+    read_about,
+    read_config,
     write_config,
+    write_history,
     write_json,
 )
 from heads.models.head import Head, build_head, load_plugin
-from heads.training.loop import Progress, Training, TrainingError
+from heads.training.loop import Progress, Training, TrainingError, is_finished
 from heads.training.objective import make_class_weights
 
 SAVE_SECONDS = 10.0  # of training that a killed process may lose
@@ -101,15 +110,18 @@ def train_project(
         config, about = _resumed(config, run, tell), read_about(run)
         split, _ = read_split(run.splits, list(about["labels"]), {}, normalize_cases=False)
         load_plugin(_plugin(config, project))
-        bags = load_bags(config, project, about["labels"], tell)
+        bags = load_bags(config, project, about["labels"], tell, about["store"]["fingerprint"])
         check_unchanged(bags, about, tell)
     else:
         config = resolved(config)
         load_plugin(_plugin(config, project))
         store = Store.open(project / config.store.path)
         names, labels, split = read_cohort(config, project, store, tell)
+        check_threshold(config.runs, [labels[case] for case in split.val], names)
         for name in unused_settings(config.head):
             tell(f"warning: {name} is set, but the head {config.head.name} does not read it")
+        if config.train.class_weights != "balanced" and not config.train.use_class_weights:
+            tell("warning: train.class_weights is set, but not used: add --use-class-weights")
         bags = load_bags(config, project, labels, tell)
         about = describe(bags, names, labels, split)
         run = None
@@ -124,15 +136,17 @@ def train_project(
     with stop_on_signal() as received:
         identity = identity_of(config, about)
         saver = _Saver(run, config, identity, observe)
+        saver.save(training)  # so that a run that is killed at once can be resumed too
         try:
             training.run(saver, received)
         except TrainingError:
+            saver.write_history(training)
             save_best(run, training.best, identity)  # what was good stays
             raise
         saver.save(training)
     if not training.finished:
         return TrainedRun(run, None, received[0], training.progress.epoch)
-    return TrainedRun(run, _evaluate(run, config, about, bags, split), None, training.progress.epoch)
+    return TrainedRun(run, _evaluate(run, config, about, bags, split, tell), None, training.progress.epoch)
 
 
 def evaluate_project(
@@ -151,19 +165,25 @@ def evaluate_project(
         FeatstoreError: Run, checkpoint or store cannot be used.
     """
     if part not in PARTS:
-        raise ConfigError(f"--part is {part!r}", expected=" | ".join(PARTS), where="evaluate")
+        raise ConfigError(f"--part is {part!r}", expected=" | ".join(PARTS), fix="--part test")
     run = find_run(project / config.runs.path, wanted)
     mine, about = read_config(run), read_about(run)
     mine = mine.model_copy(update={"runs": config.runs})
     load_plugin(_plugin(mine, project))
     split, _ = read_split(run.splits, list(about["labels"]), {}, normalize_cases=False)
-    bags = load_bags(mine, project, about["labels"], tell)
+    bags = load_bags(mine, project, about["labels"], tell, about["store"]["fingerprint"])
     check_unchanged(bags, about, tell)
-    return _evaluate(run, mine, about, bags, split, part)
+    return _evaluate(run, mine, about, bags, split, tell, part)
 
 
 def _evaluate(
-    run: RunFolder, config: Config, about: dict[str, Any], bags: CaseBags, split: Split, part: str = "test"
+    run: RunFolder,
+    config: Config,
+    about: dict[str, Any],
+    bags: CaseBags,
+    split: Split,
+    tell: Callable[[str], None],
+    part: str = "test",
 ) -> Evaluation:
     state = load_state(run.last, identity_of(config, about))
     last = build_head(config.head, int(about["dim"]), len(about["class_names"]))
@@ -185,7 +205,12 @@ def _evaluate(
         make_class_weights(config.train, labels, about["class_names"]),
         part,
     )
-    if part == "test":
+    if not is_finished(config.train, Progress(**state["progress"])):
+        tell(
+            f"warning: the training is not finished, and nothing is written; "
+            f"to go on: featstore train-head --resume {run.path}"
+        )
+    elif part == "test":
         write_results(done, config, history_frame(state["progress"]["history"]), attention)
     return done
 
@@ -204,7 +229,7 @@ class _Saver:
         self._saved = time.monotonic()
 
     def __call__(self, training: Training) -> None:
-        history = self._history(training)
+        history = self.write_history(training)
         every = self._train.plot_every
         if every and training.progress.epoch % every == 0:
             plot_history(history, self._run.path)
@@ -216,9 +241,10 @@ class _Saver:
         save_state(self._run, training.state(), self._identity)
         self._saved = time.monotonic()
 
-    def _history(self, training: Training) -> pd.DataFrame:
+    def write_history(self, training: Training) -> pd.DataFrame:
+        """Write `history.csv`."""
         history = history_frame(training.progress.history)
-        history.to_csv(self._run.history, index=False)
+        write_history(self._run, history)
         return history
 
 
@@ -237,6 +263,7 @@ def _resumed(config: Config, run: RunFolder, tell: Callable[[str], None]) -> Con
         leaf.path
         for leaf in leaves(Config)
         if leaf.section in ("head", "train")
+        and leaf.key in getattr(config, leaf.section).model_fields_set
         and getattr(getattr(given, leaf.section), leaf.key)
         != getattr(getattr(mine, leaf.section), leaf.key)
     ]

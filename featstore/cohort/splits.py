@@ -56,7 +56,7 @@ def make_splits(
     cases = natural_sorted(labels)
     classes = np.array([labels[case] for case in cases])
     group_of_case = np.array([groups.get(case, f"\0{case}") for case in cases])
-    _check_sizes(classes, group_of_case, count, class_names)
+    _check_sizes(classes, group_of_case, folds, class_names)
     fold_of_case = _folds(classes, group_of_case, count, seed)
     splits = []
     for k in range(count if folds else 1):
@@ -89,7 +89,7 @@ def _folds(
 
 
 def _check_sizes(
-    classes: NDArray[np.int64], groups: NDArray[np.str_], folds: int, class_names: Sequence[str]
+    classes: NDArray[np.int64], groups: NDArray[np.str_], folds: int | None, class_names: Sequence[str]
 ) -> None:
     members = {c: set(groups[classes == c].tolist()) for c in sorted(set(classes.tolist()))}
     if not members:
@@ -97,13 +97,17 @@ def _check_sizes(
             "there are no cases with a label and patches", fix="check labels.file and classes"
         )
     smallest = min(members, key=lambda c: len(members[c]))
-    if len(members[smallest]) < folds:
+    least = folds or _DEFAULT_FOLDS
+    if len(members[smallest]) < least:
         name = class_names[smallest] if class_names else smallest
+        own = "write a split of your own and name it: --load-splits FILE"
         raise CohortError(
             f"class {name} has {len(members[smallest])} cases (groups of cases counted as one)",
-            expected=f"at least one for each of the {folds} folds",
+            expected=f"at least one for each of the {folds} folds"
+            if folds
+            else f"at least {least} to split",
             where="split.folds, classes",
-            fix="use fewer folds, or merge classes",
+            fix=f"use fewer folds, merge classes, or {own}" if folds else f"merge classes, or {own}",
         )
 
 

@@ -153,7 +153,7 @@ class Store:
             f"the store has no case {case_id!r}",
             expected=f"one of its {len(self._newest)} cases",
             where=str(self.path),
-            fix="Store.cases() lists them",
+            fix="run `featstore extract`, or choose another case (Store.cases() lists them)",
         )
 
     def digest(self, case_ids: Iterable[str]) -> str:

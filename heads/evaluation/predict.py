@@ -69,7 +69,7 @@ def predict(
         observe(batch, output)
     probabilities = torch.softmax(torch.cat(logits), dim=1).cpu().numpy()
     labels = np.array([bags.outlines[case].label for case in cases], np.int64)
-    return Predictions(tuple(cases), labels, probabilities, float(torch.cat(losses).mean()))
+    return Predictions(tuple(cases), labels, probabilities, float(torch.cat(losses).double().mean()))
 
 
 class PatchAttention:

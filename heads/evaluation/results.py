@@ -12,8 +12,9 @@ import pandas as pd
 import torch
 
 from featstore.cohort.tables import write_csv
+from featstore.errors import ConfigError
 from featstore.resident import CaseBags
-from heads.config import Config
+from heads.config import Config, RunsConfig
 from heads.evaluation.metrics import Metrics, evaluate, youden_threshold
 from heads.evaluation.plots import plot_confusion, plot_deviation, plot_history
 from heads.evaluation.predict import PatchAttention, Predictions, predict
@@ -69,6 +70,23 @@ class Evaluation:
             "best": {"loss": self.best[0].loss, **self.best[1].to_json()},
             "last": {"loss": self.last[0].loss, **self.last[1].to_json()},
         }
+
+
+def check_threshold(runs: RunsConfig, val_labels: Sequence[int], class_names: Sequence[str]) -> None:
+    """Whether a threshold can be had from the validation cases, if one is asked for.
+
+    Raises:
+        ConfigError: There are not two classes, or the validation cases are all of one.
+    """
+    if runs.threshold == "argmax" or (len(class_names) == 2 and len(set(val_labels)) == 2):
+        return
+    found = ", ".join(class_names[label] for label in sorted(set(val_labels)))
+    raise ConfigError(
+        f"no threshold can be chosen: the validation cases are of {found}",
+        expected="two classes, both of them among the validation cases",
+        where="runs.threshold",
+        fix="--threshold argmax, or split again",
+    )
 
 
 def evaluate_heads(

@@ -1,27 +1,23 @@
-"""A run's folder: its paths in one place, made exclusively, and its checkpoints read with suspicion."""
+"""A run's folder: its paths in one place, made exclusively; its description and settings."""
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
+import pandas as pd
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from featstore.cohort.names import natural_key
-from featstore.errors import FeatstoreError
+from featstore.errors import ConfigError, FeatstoreError
 from featstore.settings import Layers
-from featstore.strict_yaml import read_file
+from featstore.strict_yaml import parse, read_file
 from heads.config import Config
-from heads.models.head import Head, build_head
 
 
 class RunError(FeatstoreError):
@@ -137,10 +133,30 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     _replace(path, text.encode())
 
 
+def write_history(run: RunFolder, history: pd.DataFrame) -> None:
+    """Write ``history.csv`` aside and move it into place: a reader never sees half of it."""
+    _replace(run.history, history.to_csv(index=False).encode())
+
+
 def write_config(path: Path, config: Config) -> None:
     """Write the config as YAML that `--config` takes."""
-    text = yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    text = yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     _replace(path, text.encode())
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that our own reader would take for something else, such as ``1e3``."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    try:
+        plain = parse(text, "") == text
+    except ConfigError:
+        plain = False
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def read_config(run: RunFolder) -> Config:
@@ -149,6 +165,13 @@ def read_config(run: RunFolder) -> Config:
     Raises:
         RunError, ConfigError: It is missing or damaged.
     """
+    if not run.config.is_file():
+        raise RunError(
+            "the run has no config.yaml",
+            expected="the config that it was trained with",
+            where=str(run.path),
+            fix="bring the file back, or train again",
+        )
     layers = Layers()
     layers.add(Config, read_file(run.config), str(run.config))
     return layers.build(Config)
@@ -175,113 +198,11 @@ def read_about(run: RunFolder) -> dict[str, Any]:
     )
 
 
-def save_state(run: RunFolder, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Write ``last.pth``, and the best epoch's weights beside it."""
-    torch.save({"identity": dict(identity), **state}, _aside(run.last))
-    os.replace(_aside(run.last), run.last)
-    save_best(run, state["best"], identity)
-
-
-def save_best(run: RunFolder, best: Mapping[str, torch.Tensor], identity: Mapping[str, Any]) -> None:
-    """Write ``best.safetensors``, with what it belongs to in its header; nothing before an epoch."""
-    if best:
-        header = {"featstore": json.dumps(dict(identity), ensure_ascii=False)}
-        tensors = {name: value.contiguous() for name, value in best.items()}
-        save_file(tensors, _aside(run.best), metadata=header)
-        os.replace(_aside(run.best), run.best)
-
-
-def load_state(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Read ``last.pth``, without running any code in it.
-
-    Args:
-        path: The file.
-        identity: Which head on which embeddings is expected.
-
-    Raises:
-        RunError: It is none, is damaged, or belongs to another head.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or "identity" not in state:
-            raise ValueError("it lacks a featstore training's state")
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        reason = (
-            "it holds Python objects, which can run code" if "weights_only" in str(error) else str(error)
-        )
-        raise _unreadable(path, reason.splitlines()[0] if reason else "it is empty") from error
-    _same_identity(path, state.pop("identity"), identity)
-    return state
-
-
-def load_best(run: RunFolder, config: Config, about: Mapping[str, Any]) -> Head:
-    """The head with the weights of the best epoch.
-
-    Raises:
-        RunError: They are missing, damaged, or belong to another head.
-    """
-    head = build_head(config.head, int(about["dim"]), len(about["class_names"]))
-    try:
-        with safe_open(run.best, "pt") as file:
-            identity = json.loads((file.metadata() or {}).get("featstore", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
-        raise _unreadable(run.best, str(error)) from error
-    _same_identity(run.best, identity, identity_of(config, about))
-    return load_weights(head, tensors, run.best)
-
-
-def load_weights(head: Head, tensors: Mapping[str, torch.Tensor], path: Path) -> Head:
-    """Put weights into a head; every one must be there and fit."""
-    expected = {name: tuple(value.shape) for name, value in head.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    if found != expected:
-        wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))[0]
-        raise RunError(
-            f"the checkpoint's {wrong} has shape {found.get(wrong, 'missing')}",
-            expected=str(expected.get(wrong, "no such weight")),
-            where=str(path),
-            fix="use a checkpoint of the same head, settings and number of features",
-        )
-    head.load_state_dict(dict(tensors))
-    return head
-
-
-def identity_of(config: Config, about: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint belongs to: the head, its shape, its classes, the embeddings' fingerprint."""
-    return {
-        "head": config.head.name,
-        "settings": config.head.model_dump(exclude={"name", "plugin"}),
-        "dim": int(about["dim"]),
-        "class_names": list(about["class_names"]),
-        "fingerprint": about["store"]["fingerprint"],
-    }
-
-
-def _same_identity(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    for name in expected:
-        if found.get(name) != expected[name]:
-            raise RunError(
-                f"the checkpoint is of another training: {name} is {found.get(name)!r}",
-                expected=f"{name} {expected[name]!r}",
-                where=str(path),
-                fix="use the run's own checkpoint, or train anew",
-            )
-
-
-def _unreadable(path: Path, reason: str) -> RunError:
-    return RunError(
-        f"the checkpoint cannot be read: {reason}",
-        expected="a file that `featstore train-head` wrote",
-        where=str(path),
-        fix="use another run, or train again",
-    )
-
-
-def _aside(path: Path) -> Path:
+def aside(path: Path) -> Path:
+    """Where a file is written before it is moved into place."""
     return path.with_name(f".{path.name}.part")
 
 
 def _replace(path: Path, content: bytes) -> None:
-    _aside(path).write_bytes(content)
-    os.replace(_aside(path), path)
+    aside(path).write_bytes(content)
+    os.replace(aside(path), path)

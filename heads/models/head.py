@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -120,12 +121,17 @@ def load_plugin(path: Path | None) -> None:
     """
     if path is None:
         return
-    spec = importlib.util.spec_from_file_location(f"featstore_plugin_{path.stem}", path)
+    name = f"featstore_plugin_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     try:
         if spec is None or spec.loader is None:
             raise ImportError("it is no Python file")
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        module = importlib.util.module_from_spec(spec)
+        # Dataclasses and postponed annotations are looked up by the module's name.
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
     except Exception as error:
+        sys.modules.pop(name, None)
         raise ConfigError(
             f"the plugin cannot be loaded: {type(error).__name__}: {error}",
             expected="a Python file that calls register_head or register_loss",

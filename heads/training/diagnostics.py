@@ -67,10 +67,6 @@ class EpochLog:
             found.update(_sharpness(level, parts))
         return found
 
-    def is_finite(self) -> bool:
-        """Whether every loss so far was a number."""
-        return bool(torch.isfinite(torch.cat(self._losses)).all())
-
 
 def _sharpness(level: str, parts: list[Attention]) -> dict[str, float]:
     """Means over a level's segments: entropy in nats, effective instances exp(H), largest weight."""

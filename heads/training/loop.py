@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,9 +108,7 @@ class Training:
     @property
     def finished(self) -> bool:
         """Whether all epochs are done or early stopping has spoken."""
-        config, progress = self.config, self.progress
-        stopped = config.patience is not None and progress.waited >= config.patience
-        return progress.epoch >= config.epochs or (stopped and progress.epoch >= config.min_epochs)
+        return is_finished(self.config, self.progress)
 
     def run(
         self,
@@ -135,24 +134,22 @@ class Training:
         schedule = self.head.schedule(progress.epoch, self.config.epochs)
         row = {"epoch": progress.epoch + 1, "lr": lr, **schedule}
         # A seed of its own for every epoch, and the caller's chance left as it was.
-        devices = [self.bags.device] if self.bags.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(self.config.seed * 1_000_003 + progress.epoch)
+        with _seeded(self.bags.device, self.config.seed * 1_000_003 + progress.epoch):
             log, norms = self.learn(self.data.epoch(progress.epoch), schedule)
         size = int(self.config.batch_size)
         row["grad_norm"] = mean_norm(norms)
         row |= {f"train_{name}": value for name, value in log.summary(size).items()}
-        if not math.isfinite(row["train_loss"]):
+        row |= {f"val_{name}": value for name, value in self.validate(self.split.val).summary(size).items()}
+        row["seconds"] = time.perf_counter() - start
+        progress.history.append(row)
+        if not math.isfinite(row["train_loss"] + row["val_loss"]):
             raise TrainingError(
                 f"the loss is no longer a number in epoch {progress.epoch + 1}",
                 expected="finite losses",
                 where=f"lr {lr:g}, train.amp {self.config.amp}, gradient norm {row['grad_norm']:.3g}",
                 fix="lower train.lr, clip the gradient (--grad-clip 0.5), or use standardize: train",
             )
-        row |= {f"val_{name}": value for name, value in self.validate(self.split.val).summary(size).items()}
-        row["seconds"] = time.perf_counter() - start
         progress.epoch += 1
-        progress.history.append(row)
         self._judge(row["val_cross_entropy"])
 
     def learn(
@@ -239,6 +236,24 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self.best = dict(state["best"])
+
+
+def is_finished(config: TrainConfig, progress: Progress) -> bool:
+    """Whether all epochs are done or early stopping has spoken."""
+    stopped = config.patience is not None and progress.waited >= config.patience
+    return progress.epoch >= config.epochs or (stopped and progress.epoch >= config.min_epochs)
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Chance from a seed, on this device alone; afterwards it is as it was."""
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng([device] if on_gpu else []):
+        if on_gpu:
+            torch.manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
+        yield
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:

@@ -99,7 +99,8 @@ def standardised(fitted_on: Bags, *parts: Bags, clip: float | None = None) -> li
     limit = np.inf if clip is None else clip
 
     def scaled(bag: Floats) -> Floats:
-        return ((bag - mean) / deviation).clip(-limit, limit).astype(np.float32)
+        cut: Floats = ((bag - mean) / deviation).clip(-limit, limit).astype(np.float32)
+        return cut
 
     return [[scaled(bag) for bag in part] for part in parts]
 
