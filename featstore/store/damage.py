@@ -15,7 +15,7 @@ def damaged(path: Path, found: str, expected: str = "") -> StoreDamaged:
         found,
         expected=expected,
         where=str(path),
-        fix="restore this file from a backup, or move its case's folder away and run featstore extract",
+        fix="restore this file from a backup, or run featstore repair --apply and then featstore extract",
     )
 
 
