@@ -170,9 +170,14 @@ def split(call: Call[Config]) -> None:
     call.show(written.to_text(), written.to_json())
 
 
-@command(("head", "train", "runs"))
+def _train_gpu(own: dict[str, Any]) -> dict[str, Any]:
+    return {"train": {"device": "cuda"}} if own["gpu"] else {}
+
+
+@command(("head", "train", "runs"), presets=_train_gpu)
 def train_head(
     call: Call[Config],
+    gpu: bool = typer.Option(False, "--gpu", help="insist on a GPU (--device cuda)"),
     resume: Path | None = typer.Option(None, help="go on with this run, by its own settings"),
 ) -> None:
     """Train a head on the store and evaluate it on the test cases, into a new run folder."""

@@ -98,12 +98,12 @@ def flag_names(model: type[BaseModel], own: Sequence[str] = ()) -> dict[str, lis
     for leaf in found:
         mine = here[leaf.key] == 1 and leaf.section in own
         flags = [leaf.key] if mine or count[leaf.key] == 1 else []
-        if leaf.alias:
-            flags.insert(0, leaf.alias)
         if leaf.section:
             flags.append(f"{leaf.section}-{leaf.key}")
             if leaf.key in _PRINCIPAL:
                 flags.insert(0, leaf.section)
+        if leaf.alias:
+            flags.insert(0, leaf.alias)
         names[leaf.path] = ["--" + flag.replace("_", "-") for flag in flags]
     return names
 

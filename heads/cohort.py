@@ -14,7 +14,7 @@ import torch
 
 from featstore import __version__
 from featstore.cohort import read_groups, read_labels
-from featstore.cohort.names import natural_sorted
+from featstore.cohort.names import natural_sorted, normalize_case
 from featstore.cohort.splits import Split, make_splits, read_split
 from featstore.errors import ConfigError, FingerprintMismatch
 from featstore.process import keep_freed_memory
@@ -38,7 +38,9 @@ def read_cohort(
         FeatstoreError: Labels or split cannot be used, or no labelled case has embeddings.
     """
     labels = read_labels(config.labels, config.classes, project, config.patches.normalize_cases)
-    there = set(store.cases()) - set(config.exclude)
+    normalize = config.patches.normalize_cases
+    out = {normalize_case(case) if normalize else case for case in config.exclude}
+    there = set(store.cases()) - out
     known = {case: index for case, index in labels.by_case.items() if case in there}
     if not known:
         raise ConfigError(
@@ -48,11 +50,14 @@ def read_cohort(
             fix="run `featstore extract`, or check labels.file and classes",
         )
     for found, what in (
-        (set(labels.by_case) - there - set(config.exclude), "labelled cases have no embeddings"),
+        (set(labels.by_case) - there - out, "labelled cases have no embeddings"),
         (there - labels.known, "cases of the store have no label"),
     ):
         if found:
             tell(f"warning: {len(found)} {what} and take no part: {_some(found)}")
+    if unmapped := set(labels.unmapped) & there:
+        count = f"{len(unmapped)} cases are of no named class"
+        tell(f"warning: {count} and take no part: {_some(unmapped)}")
     groups = read_groups(config.groups, project, config.patches.normalize_cases)
     split = _choose_split(config, project, known, groups, labels.class_names, tell)
     chosen = {case: known[case] for part in split.parts().values() for case in part}
@@ -74,6 +79,13 @@ def _choose_split(
     if not given.is_file():
         files = sorted(given.glob("data_splits_*.npz"))
         path = given / f"data_splits_{(fold or 0) + 1:02d}.npz"
+        if train.load_splits and not given.exists():
+            raise ConfigError(
+                f"there is no file or folder {given}",
+                expected="an npz file of a split, or a folder of them",
+                where="train.load_splits",
+                fix="check the path, or make splits with `featstore split`",
+            )
         if path not in files and (files or train.load_splits):
             raise ConfigError(
                 f"there is no {path.name} in {given}",
@@ -97,7 +109,7 @@ def _choose_split(
         return split
     folds = config.split.folds
     splits = make_splits(labels, groups, folds, config.split.seed, class_names)
-    if (fold or 0) >= len(splits):
+    if fold is not None and (folds is None or fold >= folds):
         raise ConfigError(
             f"train.fold is {fold}, but the project has {folds or 'one split and no'} folds",
             expected="a fold from 0 on",

@@ -23,9 +23,11 @@ Auto = Literal["auto"]
 class HierarchicalConfig(Section):
     """The hierarchical head."""
 
-    embed_dim: int = Field(512, ge=1, description="hierarchical: width of the projected embeddings")
+    embed_dim: int = Field(
+        512, ge=1, le=65536, description="hierarchical: width of the projected embeddings"
+    )
     attention_hidden: int = Field(
-        128, ge=1, description="hierarchical: width of the attention's hidden layer"
+        128, ge=1, le=65536, description="hierarchical: width of the attention's hidden layer"
     )
     attention_pool: Literal["tanh", "gated"] = Field("tanh", description="hierarchical: tanh | gated")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout wherever none is set apart")
@@ -44,7 +46,7 @@ class DualStreamConfig(Section):
     """The dual-stream head."""
 
     use_hidden_layer: bool = Field(True, description="dual_stream: project the features first")
-    hidden_dim: int = Field(256, ge=1, description="dual_stream: width of that layer")
+    hidden_dim: int = Field(256, ge=1, le=65536, description="dual_stream: width of that layer")
     attention_dim: int = Field(128, ge=1, description="dual_stream: width of queries, keys and score layer")
     attention_type: Literal["gated", "cosine", "dsmil", "abmil"] = Field(
         "gated", description="dual_stream: gated | cosine | dsmil | abmil"
@@ -91,13 +93,16 @@ class SubCases(Section):
 class TrainConfig(Section):
     """How a head is trained."""
 
-    epochs: int = Field(30, ge=1, description="passes over the training cases")
-    batch_size: Annotated[int, Field(ge=1)] | Auto = Field(
+    epochs: int = Field(30, ge=1, le=100_000, description="passes over the training cases")
+    batch_size: Annotated[int, Field(ge=1, le=100_000)] | Auto = Field(
         "auto", description="cases a batch; auto: hierarchical 1, dual_stream 4"
     )
-    gradient_accumulation_steps: int = Field(1, ge=1, description="batches an optimiser step")
+    gradient_accumulation_steps: int = Field(1, ge=1, le=100_000, description="batches an optimiser step")
     patch_budget: int = Field(
-        65536, ge=1, description="patches computed at once; larger batches are split, with the same result"
+        65536,
+        ge=1,
+        le=2**40,
+        description="patches computed at once; a larger batch is split, to the same effect",
     )
     optimizer: Literal["adam", "adamw"] = Field("adam", description="adam | adamw")
     lr: float = Field(3e-4, gt=0, description="learning rate")
@@ -172,7 +177,7 @@ class TrainConfig(Section):
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d{1,2})?)$", description="auto | cpu | cuda[:N]"
     )
-    memory_gb: Weight | Auto = Field(
+    memory_gb: Annotated[float, Field(ge=0, le=1e6)] | Auto = Field(
         "auto", description="embeddings kept in memory; more are read in every epoch; auto: half of it"
     )
     load_splits: str | None = Field(
@@ -189,7 +194,7 @@ class RunsConfig(Section):
     suffix: str | None = Field(None, pattern=r"^[\w.+-]{1,64}$", description="run_YYYYMMDD_HHMMSS_SUFFIX")
     threshold: Literal["argmax", "validation"] = Field(
         "argmax",
-        description="class of two: the more probable one | by the validation cases (Youden's index)",
+        description="argmax: the more probable class | validation: by Youden's index on those cases",
     )
     analyze_attention: bool = Field(
         False, description="write the test cases' attention, patch by patch, to attention_analysis/"
@@ -234,12 +239,20 @@ def resolved(config: Config) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update=chosen)})
 
 
+def own_settings(head: HeadConfig) -> dict[str, Any]:
+    """The settings that this head reads; those of other heads, today's and later ones', are no part."""
+    own = _CONFIGS.get(head.name)
+    if own is None:
+        return {"options": head.options}
+    return {name: getattr(head, name) for name in own.model_fields}
+
+
 def unused_settings(head: HeadConfig) -> list[str]:
     """Settings that were given, but that this head does not read."""
     own = _CONFIGS.get(head.name)
     if own is None:
         return []
-    read = {*own.model_fields, "name", "plugin"}
+    read = {*own.model_fields, "name", "plugin", "options"}
     defaults = HeadConfig()
     given = {name for name in head.model_fields_set if getattr(head, name) != getattr(defaults, name)}
     return sorted(f"head.{name}" for name in given - read)

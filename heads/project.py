@@ -24,8 +24,8 @@ from heads.evaluation.checkpoints import (
     load_best,
     load_state,
     load_weights,
-    save_best,
     save_state,
+    unreadable,
 )
 from heads.evaluation.plots import plot_history
 from heads.evaluation.results import (
@@ -47,7 +47,6 @@ from heads.evaluation.runs import (
 )
 from heads.models.head import Head, build_head, load_plugin
 from heads.training.loop import Progress, Training, TrainingError, is_finished
-from heads.training.objective import make_class_weights
 
 SAVE_SECONDS = 10.0  # of training that a killed process may lose
 PARTS = ("train", "val", "test")
@@ -107,7 +106,7 @@ def train_project(
     runs = project / config.runs.path
     if resume is not None:
         run = find_run(runs, _run_of(resume), finished=False)
-        config, about = _resumed(config, run, tell), read_about(run)
+        config, about = _here(_resumed(config, run, tell), config), read_about(run)
         split, _ = read_split(run.splits, list(about["labels"]), {}, normalize_cases=False)
         load_plugin(_plugin(config, project))
         bags = load_bags(config, project, about["labels"], tell, about["store"]["fingerprint"])
@@ -120,6 +119,8 @@ def train_project(
         check_threshold(config.runs, [labels[case] for case in split.val], names)
         for name in unused_settings(config.head):
             tell(f"warning: {name} is set, but the head {config.head.name} does not read it")
+        if "bag_size" in config.train.model_fields_set and config.train.sampling == "all":
+            tell("warning: train.bag_size is set, but train.sampling is all: add --sampling random")
         if config.train.class_weights != "balanced" and not config.train.use_class_weights:
             tell("warning: train.class_weights is set, but not used: add --use-class-weights")
         bags = load_bags(config, project, labels, tell)
@@ -128,7 +129,11 @@ def train_project(
     head = build_head(config.head, int(about["dim"]), len(about["class_names"]), config.train.seed)
     training = Training(head, bags, split, config.train, about["class_names"])
     if run is not None:
-        training.load_state(load_state(run.last, identity_of(config, about)))
+        state = load_state(run.last, identity_of(config, about))
+        try:
+            training.load_state(state)
+        except Exception as error:
+            raise unreadable(run.last, f"its state does not fit this training ({error})") from error
         tell(f"going on with {run.path} after epoch {training.progress.epoch}")
     else:
         run = _start(runs, config, about, split)
@@ -141,7 +146,8 @@ def train_project(
             training.run(saver, received)
         except TrainingError:
             saver.write_history(training)
-            save_best(run, training.best, identity)  # what was good stays
+            if training.good:  # what was good stays, and can be evaluated
+                save_state(run, training.good, identity)
             raise
         saver.save(training)
     if not training.finished:
@@ -168,7 +174,7 @@ def evaluate_project(
         raise ConfigError(f"--part is {part!r}", expected=" | ".join(PARTS), fix="--part test")
     run = find_run(project / config.runs.path, wanted)
     mine, about = read_config(run), read_about(run)
-    mine = mine.model_copy(update={"runs": config.runs})
+    mine = _here(mine, config).model_copy(update={"runs": config.runs})
     load_plugin(_plugin(mine, project))
     split, _ = read_split(run.splits, list(about["labels"]), {}, normalize_cases=False)
     bags = load_bags(mine, project, about["labels"], tell, about["store"]["fingerprint"])
@@ -193,7 +199,6 @@ def _evaluate(
         "last": load_weights(last, weights, run.last),
     }
     cases = dict(zip(PARTS, (split.train, split.val, split.test), strict=True))
-    labels = [about["labels"][case] for case in split.train]
     done, attention = evaluate_heads(
         run,
         heads,
@@ -202,14 +207,19 @@ def _evaluate(
         cases,
         about["class_names"],
         state["progress"],
-        make_class_weights(config.train, labels, about["class_names"]),
+        state["class_weights"],
         part,
     )
+    if config.runs.analyze_attention and attention is None:
+        why = "this head has no attention" if part == "test" else "it is written for the test cases alone"
+        tell(f"warning: no attention table: {why}")
     if not is_finished(config.train, Progress(**state["progress"])):
         tell(
             f"warning: the training is not finished, and nothing is written; "
             f"to go on: featstore train-head --resume {run.path}"
         )
+    elif config.runs.threshold != read_config(run).runs.threshold:
+        tell("warning: another threshold than the run's own: shown here, nothing is written")
     elif part == "test":
         write_results(done, config, history_frame(state["progress"]["history"]), attention)
     return done
@@ -263,6 +273,7 @@ def _resumed(config: Config, run: RunFolder, tell: Callable[[str], None]) -> Con
         leaf.path
         for leaf in leaves(Config)
         if leaf.section in ("head", "train")
+        and leaf.key not in ("device", "memory_gb")
         and leaf.key in getattr(config, leaf.section).model_fields_set
         and getattr(getattr(given, leaf.section), leaf.key)
         != getattr(getattr(mine, leaf.section), leaf.key)
@@ -270,6 +281,12 @@ def _resumed(config: Config, run: RunFolder, tell: Callable[[str], None]) -> Con
     if ignored:
         tell(f"the run's own settings are used; given now, and not used: {', '.join(ignored)}")
     return mine
+
+
+def _here(mine: Config, given: Config) -> Config:
+    """The run's config on this machine: device and memory are those given now."""
+    here = {"device": given.train.device, "memory_gb": given.train.memory_gb}
+    return mine.model_copy(update={"train": mine.train.model_copy(update=here)})
 
 
 def _run_of(path: Path) -> Path:

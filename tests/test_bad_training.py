@@ -158,7 +158,7 @@ def test_folds_that_are_not_there(project: Path) -> None:
     refuses(project, "--fold", "0", "--load-splits", "s.npz", says=("single file", "leave out --fold"))
     (project / "splits").mkdir()
     refuses(project, "--load-splits", "splits", says=("no data_splits_01.npz", "featstore split"))
-    refuses(project, "--load-splits", "none", says=("no data_splits_01.npz", str(project / "none")))
+    refuses(project, "--load-splits", "none", says=("no file or folder", str(project / "none")))
     splits(project, "splits/data_splits_01.npz")
     refuses(project, "--fold", "1", says=("no data_splits_02.npz", "data_splits_01.npz", "from 0"))
 

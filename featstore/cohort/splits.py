@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -198,8 +197,11 @@ def _arrays(path: Path) -> dict[str, NDArray[np.generic]]:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             missing = [name for name in PARTS if name not in file]
             arrays = {} if missing else {name: file[name] for name in PARTS}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError, TypeError) as error:
-        hint = "it holds Python objects, which can run code" if "pickle" in str(error) else str(error)
+            if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+                raise ValueError("its members are no arrays")
+    except Exception as error:  # what numpy raises depends on where the bytes stop making sense
+        objects = "Object arrays" in str(error)
+        hint = "it holds Python objects, which can run code" if objects else f"it is no npz file ({error})"
         raise CohortError(
             f"the splits cannot be read: {hint}",
             expected=f"an npz file with {', '.join(PARTS)}, of numbers or text",
@@ -222,5 +224,10 @@ def _ids(array: NDArray[np.generic], path: Path, name: str, normalize_cases: boo
             expected="one row of whole numbers or of text",
             where=str(path),
         )
-    texts = array.astype(np.str_).tolist()
+    try:
+        texts = array.astype(np.str_).tolist()
+    except UnicodeDecodeError as error:
+        raise CohortError(
+            f"{name} holds bytes that are no text", expected="ids as text or numbers", where=str(path)
+        ) from error
     return [normalize_case(text) if normalize_cases else text for text in texts]

@@ -14,9 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from heads.config import Config
+from heads.config import Config, HeadConfig, own_settings
 from heads.evaluation.runs import RunError, RunFolder, aside
 from heads.models.head import Head, build_head
+from heads.training.loop import Progress
 
 
 def save_state(run: RunFolder, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
@@ -70,9 +71,29 @@ def load_state(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         reason = (
             "it holds Python objects, which can run code" if "weights_only" in str(error) else str(error)
         )
-        raise _unreadable(path, reason.splitlines()[0] if reason else "it is empty") from error
+        raise unreadable(path, reason.splitlines()[0] if reason else "it is empty") from error
     _same_identity(path, state.pop("identity"), identity)
+    try:
+        _check_state(state)
+    except ValueError as error:
+        raise unreadable(path, str(error)) from error
     return state
+
+
+def _check_state(state: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the parts that are used are there, and of their types."""
+    parts = {"head": dict, "optimizer": dict, "scaler": dict, "progress": dict, "best": dict}
+    for name, kind in parts.items():
+        if not isinstance(state.get(name), kind):
+            raise ValueError(f"its {name!r} is {type(state.get(name)).__name__}")
+    missing = {"ema", "scheduler", "class_weights"} - set(state)
+    if missing or not all(isinstance(value, torch.Tensor) for value in state["head"].values()):
+        raise ValueError(f"it lacks {', '.join(sorted(missing)) or 'weights'}")
+    rows = state["progress"].get("history")
+    if set(state["progress"]) != set(vars(Progress())) or not isinstance(rows, list):
+        raise ValueError("its progress is not that of a training")
+    if not all(isinstance(row, dict) and "epoch" in row for row in rows):
+        raise ValueError("its history is not that of a training")
 
 
 def load_best(run: RunFolder, config: Config, about: Mapping[str, Any]) -> Head:
@@ -82,6 +103,13 @@ def load_best(run: RunFolder, config: Config, about: Mapping[str, Any]) -> Head:
         RunError: They are missing, damaged, or belong to another head.
     """
     head = build_head(config.head, int(about["dim"]), len(about["class_names"]))
+    if not run.best.exists() and run.last.exists():
+        raise RunError(
+            "the checkpoint cannot be read: it is not there; perhaps no epoch was finished",
+            expected="a best epoch",
+            where=str(run.best),
+            fix=f"featstore train-head --resume {run.path}",
+        )
     try:
         with safe_open(run.best, "pt") as file:
             identity = json.loads((file.metadata() or {}).get("featstore", "{}"))
@@ -89,11 +117,11 @@ def load_best(run: RunFolder, config: Config, about: Mapping[str, Any]) -> Head:
                 raise ValueError("its header does not say what it belongs to")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValueError) as error:
-        raise _unreadable(run.best, str(error)) from error
+        raise unreadable(run.best, str(error)) from error
     _same_identity(run.best, identity, identity_of(config, about))
     load_weights(head, tensors, run.best)
     if identity.get("weights_sha256") != _digest(tensors):
-        raise _unreadable(run.best, "its weights fail their checksum")
+        raise unreadable(run.best, "its weights fail their checksum")
     return head
 
 
@@ -117,7 +145,7 @@ def identity_of(config: Config, about: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint belongs to: the head, its shape, its classes, the embeddings' fingerprint."""
     return {
         "head": config.head.name,
-        "settings": config.head.model_dump(exclude={"name", "plugin"}),
+        "settings": own_settings(config.head),
         "dim": int(about["dim"]),
         "class_names": list(about["class_names"]),
         "fingerprint": about["store"]["fingerprint"],
@@ -125,17 +153,28 @@ def identity_of(config: Config, about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _same_identity(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    for name in expected:
-        if found.get(name) != expected[name]:
+    defaults = HeadConfig().model_dump()
+
+    def flat(identity: Mapping[str, Any]) -> dict[str, Any]:
+        # A setting that is younger than the checkpoint had its default then.
+        settings = identity.get("settings")
+        known = settings if isinstance(settings, dict) else {}
+        own = {name: known.get(name, defaults.get(name)) for name in expected["settings"]}
+        return {**{k: v for k, v in identity.items() if k != "settings"}, **own}
+
+    mine, wanted = flat(found), flat(expected)
+    for name, value in wanted.items():
+        if mine.get(name) != value:
             raise RunError(
-                f"the checkpoint is of another training: {name} is {found.get(name)!r}",
-                expected=f"{name} {expected[name]!r}",
+                f"the checkpoint is of another training: {name} is {mine.get(name)!r}",
+                expected=f"{name} {value!r}",
                 where=str(path),
                 fix="use the run's own checkpoint, or train anew",
             )
 
 
-def _unreadable(path: Path, reason: str) -> RunError:
+def unreadable(path: Path, reason: str) -> RunError:
+    """The error for a checkpoint that is none."""
     return RunError(
         f"the checkpoint cannot be read: {reason}",
         expected="a file that `featstore train-head` wrote",

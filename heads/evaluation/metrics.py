@@ -107,7 +107,8 @@ def evaluate(
 
     Intervals are percentiles of plain resampling of the cases with replacement (Efron & Tibshirani
     1993, ch. 13). Resamples in which a metric is undefined are left out of its interval; if they are
-    more than half, there is none. All right or perfectly ranked gives an interval of no width.
+    more than half, there is none; nor if all resamples give one value, as when every case is right:
+    resampling cannot say how sure that is.
 
     Args:
         true: (N,) class indices in config order.
@@ -279,6 +280,8 @@ def _estimate(value: float, resampled: list[Floats], absent: list[str]) -> Estim
     if 2 * undefined > len(values):
         share = f"{undefined} of {len(values)}"
         return Estimate(value, None, None, f"no interval: undefined in {share} resamples")
+    if np.nanmin(values) == np.nanmax(values):
+        return Estimate(value, None, None, "no interval: all resamples give the same value")
     low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, float(low), float(high))
 

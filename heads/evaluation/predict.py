@@ -57,7 +57,7 @@ def predict(
         observe: Called with every batch and what the head said of it.
     """
     head = head.to(bags.device).eval()
-    objective = Objective(config, head, weights)
+    objective = Objective(config, head, None if weights is None else weights.to(bags.device))
     schedule = head.schedule(config.epochs - 1, config.epochs)
     logits, losses = [], []
     for micro in micro_batches([bags.outlines[case] for case in cases], config.patch_budget):

@@ -57,6 +57,8 @@ class Evaluation:
                 f"  {self.part}, {name} epoch: {metrics.n} cases  loss {predictions.loss:.4f}  "
                 f"accuracy {_shown(metrics, 'accuracy')}  AUC {_shown(metrics, 'auc')}"
             )
+        if (threshold := self.best[1].threshold) is not None:
+            lines.append(f"  threshold {threshold:.3f}, from the validation cases")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -232,6 +234,7 @@ def _results_text(done: Evaluation) -> str:
             f"Test accuracy: {_shown(metrics, 'accuracy')}",
             f"Test AUC: {_shown(metrics, 'auc')}",
             f"Number of samples: {metrics.n}",
+            *([] if metrics.threshold is None else [f"Threshold (validation): {metrics.threshold:.3f}"]),
             "",
         ]
     return "\n".join(lines)

@@ -185,11 +185,18 @@ def read_about(run: RunFolder) -> dict[str, Any]:
     """
     try:
         about = json.loads(run.about.read_text(encoding="utf-8"))
-        if {"dim", "class_names", "labels", "store"} <= set(about):
+        names, labels = about["class_names"], about["labels"]
+        if (
+            isinstance(about["dim"], int)
+            and isinstance(names, list)
+            and isinstance(about["store"]["fingerprint"], str)
+            and isinstance(about["store"]["digest"], str)
+            and all(label in range(len(names)) for label in labels.values())
+        ):
             return dict(about)
         found = "it lacks what a run's description holds"
-    except (OSError, ValueError, TypeError) as error:
-        found = str(error)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        found = f"{type(error).__name__}: {error}"
     raise RunError(
         f"the run's description cannot be read: {found}",
         expected="run.json as `featstore train-head` wrote it",

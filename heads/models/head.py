@@ -65,6 +65,10 @@ def register_head(name: str, config: type[Section]) -> Callable[[H], H]:
     """
 
     def register(head: H) -> H:
+        if name in _HEADS and _HEADS[name][0].__module__ != head.__module__:
+            raise ConfigError(
+                f"there is a head {name!r} already", where="register_head", fix="choose another name"
+            )
         _HEADS[name] = (head, config)
         return head
 
@@ -83,9 +87,7 @@ def build_head(config: HeadConfig, dim: int, classes: int, seed: int = 0) -> Hea
     Raises:
         ConfigError: There is no such head, or its settings do not suit it.
     """
-    import heads.models.dual_stream
-    import heads.models.hierarchical  # noqa: F401
-
+    _know_our_own()
     if config.name not in _HEADS:
         nearest = nearest_name(config.name, list(_HEADS))
         raise ConfigError(
@@ -98,6 +100,12 @@ def build_head(config: HeadConfig, dim: int, classes: int, seed: int = 0) -> Hea
     settings = {
         name: getattr(config, name) for name in kind.model_fields if name in type(config).model_fields
     }
+    if config.options and set(kind.model_fields) <= set(type(config).model_fields):
+        raise ConfigError(
+            f"head.options is set, but {config.name!r} has its settings in `head`",
+            where="head.options",
+            fix=f"write head.{next(iter(config.options))} in its place",
+        )
     try:
         own = kind(**{**settings, **config.options})
     except ValidationError as error:
@@ -113,6 +121,12 @@ def build_head(config: HeadConfig, dim: int, classes: int, seed: int = 0) -> Hea
         return build(dim, classes, own)
 
 
+def _know_our_own() -> None:
+    """Register our own heads: first, so that no plugin can take their names."""
+    import heads.models.dual_stream
+    import heads.models.hierarchical  # noqa: F401
+
+
 def load_plugin(path: Path | None) -> None:
     """Run a Python file that registers heads or losses.
 
@@ -121,6 +135,7 @@ def load_plugin(path: Path | None) -> None:
     """
     if path is None:
         return
+    _know_our_own()
     name = f"featstore_plugin_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     try:
@@ -130,7 +145,7 @@ def load_plugin(path: Path | None) -> None:
         # Dataclasses and postponed annotations are looked up by the module's name.
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         sys.modules.pop(name, None)
         raise ConfigError(
             f"the plugin cannot be loaded: {type(error).__name__}: {error}",

@@ -82,11 +82,15 @@ class Training:
                 where="the split, labels.file, classes",
                 fix="split again, or check `classes:` and the labels",
             )
-        self.objective = Objective(config, head, make_class_weights(config, labels, class_names))
         self.data = TrainingBags(bags, split.train, config, class_names)
+        # Balanced are the bags that are learned from, sub-cases too.
+        seen = [bag.label or 0 for bag in self.data.outlines]
+        weights = make_class_weights(config, seen, class_names)
+        self.class_weights = None if weights is None else weights.to(bags.device)
+        self.objective = Objective(config, head, self.class_weights)
         if config.standardize == "train":
             fit_standardize(self.head.standardize, bags, split.train)
-        self.optimizer = _optimizer(self.head, config, bags.device)
+        self.optimizer = _optimizer(self.head, config)
         self.scheduler = _scheduler(self.optimizer, config)
         self.ema: AveragedModel | None = None
         if config.ema_decay:
@@ -99,6 +103,7 @@ class Training:
             )
         self.progress = Progress()
         self.best: dict[str, torch.Tensor] = {}
+        self.good: dict[str, Any] = {}
 
     @property
     def model(self) -> Head:
@@ -151,6 +156,10 @@ class Training:
             )
         progress.epoch += 1
         self._judge(row["val_cross_entropy"])
+        # Should the next epoch diverge, this one can still be saved; `best` is replaced, never changed.
+        state = self.state()
+        best = state.pop("best")
+        self.good = {**copy.deepcopy(state), "best": best}
 
     def learn(
         self, epoch: Sequence[Bag], schedule: Mapping[str, float]
@@ -223,6 +232,7 @@ class Training:
             "scaler": self.scaler.state_dict(),
             "progress": copy.deepcopy(vars(self.progress)),
             "best": self.best,
+            "class_weights": self.class_weights,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -236,6 +246,7 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self.best = dict(state["best"])
+        self.good = dict(state)
 
 
 def is_finished(config: TrainConfig, progress: Progress) -> bool:
@@ -262,7 +273,7 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
     return torch.autocast(device.type, kinds[amp], enabled=amp != "off")
 
 
-def _optimizer(head: Head, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+def _optimizer(head: Head, config: TrainConfig) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     return kind(head.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
 

@@ -86,8 +86,15 @@ class Objective:
         if batch.labels is None:
             raise ValueError("a batch without labels has no loss")
         loss = self._loss(output.logits, batch.labels, self._smoothing)
+        if loss.shape != batch.labels.shape:
+            raise ConfigError(
+                f"the loss {self._train.loss!r} gives a tensor of shape {tuple(loss.shape)}",
+                expected=f"one value a case: {tuple(batch.labels.shape)}",
+                where="train.loss",
+                fix="return the loss of every case, not their mean",
+            )
         if self._weights is not None:
-            loss = loss * self._weights.to(loss)[batch.labels]
+            loss = loss * self._weights[batch.labels]
         decay = self._train.reg_epoch_decay**epoch
         penalties = {name: value * decay for name, value in self._penalties(output, batch).items() if decay}
         return Terms(loss, penalties, output.aux_loss)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from heads.config import Config, HeadConfig, TrainConfig
+from heads.config import Config, HeadConfig, HierarchicalConfig, TrainConfig
 from heads.evaluation.checkpoints import identity_of, load_best, load_state, save_state
 from heads.evaluation.runs import RunError, RunFolder, create_run
 from heads.models.head import build_head
+from heads.training.loop import Progress
 
 CONFIG = Config(head=HeadConfig(embed_dim=4, attention_hidden=3), train=TrainConfig(epochs=2))
 ABOUT = {"dim": 5, "class_names": ["a", "b"], "labels": {}, "store": {"fingerprint": "abc"}}
@@ -21,8 +23,49 @@ ABOUT = {"dim": 5, "class_names": ["a", "b"], "labels": {}, "store": {"fingerpri
 def run(tmp_path: Path) -> RunFolder:
     run = create_run(tmp_path, None)
     weights = build_head(CONFIG.head, 5, 2, seed=3).state_dict()
-    save_state(run, {"head": weights, "best": weights}, identity_of(CONFIG, ABOUT))
+    save_state(run, state_of(weights), identity_of(CONFIG, ABOUT))
     return run
+
+
+def state_of(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    rest: dict[str, Any] = {"ema": None, "scheduler": None, "class_weights": None}
+    rest |= {"optimizer": {}, "scaler": {}, "progress": vars(Progress())}
+    return {"head": weights, "best": weights, **rest}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("ema", ...),
+        ("head", 3),
+        ("head", {"x": 3}),
+        ("optimizer", None),
+        ("progress", {**vars(Progress()), "further": 1}),
+        ("progress", {**vars(Progress()), "history": [3]}),
+        ("best", 3),
+    ],
+)
+def test_a_state_with_a_part_of_another_kind(run: RunFolder, key: str, value: object) -> None:
+    state = state_of(build_head(CONFIG.head, 5, 2, seed=3).state_dict())
+    if value is ...:
+        del state[key]
+    else:
+        state[key] = value
+    torch.save({"identity": identity_of(CONFIG, ABOUT), **state}, run.last)
+    with pytest.raises(RunError, match="the checkpoint cannot be read"):
+        load_state(run.last, identity_of(CONFIG, ABOUT))
+
+
+def test_a_checkpoint_older_than_a_setting_has_its_default(run: RunFolder) -> None:
+    identity = identity_of(CONFIG, ABOUT)
+    assert set(identity["settings"]) == set(HierarchicalConfig.model_fields)
+    del identity["settings"]["attention_pool"]
+    weights = build_head(CONFIG.head, 5, 2, seed=3).state_dict()
+    save_state(run, state_of(weights), identity)
+    load_best(run, CONFIG, ABOUT)
+    gated = CONFIG.model_copy(update={"head": CONFIG.head.model_copy(update={"attention_pool": "gated"})})
+    with pytest.raises(RunError, match="attention_pool is 'tanh'"):
+        load_best(run, gated, ABOUT)
 
 
 @pytest.mark.parametrize("name", ["last", "best"])
@@ -51,5 +94,5 @@ def test_equal_states_have_equal_bytes(run: RunFolder) -> None:
     before = run.best.read_bytes()
     weights = build_head(CONFIG.head, 5, 2, seed=3).state_dict()
     for _ in range(5):
-        save_state(run, {"head": weights, "best": weights}, identity_of(CONFIG, ABOUT))
+        save_state(run, state_of(weights), identity_of(CONFIG, ABOUT))
         assert run.best.read_bytes() == before

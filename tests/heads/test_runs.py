@@ -29,6 +29,7 @@ from heads.evaluation.runs import (
     write_json,
 )
 from heads.models.head import build_head
+from heads.training.loop import Progress
 
 NOW = datetime(2026, 3, 4, 5, 6, 7)
 NAME = "run_20260304_050607"
@@ -42,6 +43,13 @@ ABOUT = {
 }
 
 
+def state_of(weights: dict[str, torch.Tensor], epoch: int) -> dict[str, Any]:
+    """All that a state holds."""
+    rest: dict[str, Any] = {"ema": None, "scheduler": None, "class_weights": None}
+    rest |= {"optimizer": {}, "scaler": {}, "progress": vars(Progress(epoch=epoch))}
+    return {"head": weights, "best": weights, **rest}
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     """A run of one epoch, as it lies on disk."""
@@ -49,7 +57,7 @@ def run(tmp_path: Path) -> RunFolder:
     write_config(run.config, SMALL)
     write_json(run.about, ABOUT)
     weights = build_head(SMALL.head, DIM, 2, seed=3).state_dict()
-    save_state(run, {"head": weights, "best": weights, "progress": {"epoch": 1}}, identity_of(SMALL, ABOUT))
+    save_state(run, state_of(weights, 1), identity_of(SMALL, ABOUT))
     return run
 
 
@@ -167,14 +175,14 @@ def test_state_and_best_weights_come_back_bit_for_bit(run: RunFolder) -> None:
     identity = identity_of(SMALL, ABOUT)
     weights = build_head(SMALL.head, DIM, 2, seed=3).state_dict()
     state = load_state(run.last, identity)
-    assert state["progress"] == {"epoch": 1}
+    assert Progress(**state["progress"]) == Progress(epoch=1)
     best = load_best(run, SMALL, ABOUT).state_dict()
     for name, value in weights.items():
         assert torch.equal(state["head"][name], value)
         assert torch.equal(best[name], value)
     assert not [path for path in run.last.parent.iterdir() if path.name.startswith(".")]
-    save_state(run, {"head": {}, "best": {}, "progress": {"epoch": 2}}, identity)
-    assert load_state(run.last, identity)["progress"] == {"epoch": 2}
+    save_state(run, state_of({}, 2), identity)
+    assert load_state(run.last, identity)["progress"]["epoch"] == 2
     assert load_file(run.best).keys() == weights.keys()  # nothing better: it stays
 
 
@@ -258,7 +266,7 @@ def test_a_state_that_is_none(run: RunFolder, content: object) -> None:
     ("config", "about", "says"),
     [
         ({"head": HeadConfig(name="dual_stream")}, {}, ("'hierarchical'", "head 'dual_stream'")),
-        ({"head": HeadConfig(embed_dim=8, attention_hidden=3)}, {}, ("'embed_dim': 4", "'embed_dim': 8")),
+        ({"head": HeadConfig(embed_dim=8, attention_hidden=3)}, {}, ("embed_dim is 4", "embed_dim 8")),
         ({}, {"dim": 6}, ("dim is 5", "dim 6")),
         ({}, {"class_names": ["a", "b"]}, ("['benign', 'high_grade']", "['a', 'b']")),
         ({}, {"store": {"fingerprint": "xyz"}}, ("'abc'", "'xyz'")),
