@@ -17,6 +17,7 @@ from featstore.errors import StoreError
 from featstore.store import Store
 
 _BLOCK = 2**16  # rows looked at at once
+_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 class CaseBags:
@@ -129,10 +130,9 @@ def _free_memory() -> int:
     """Bytes that this process may still take: of the machine, and of its cgroup where there is one."""
     free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = _MEMINFO.read_text().splitlines()
         free.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
     with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        free.append(limit - int((group / "memory.current").read_text()))
+        limit = int((_CGROUP / "memory.max").read_text())
+        free.append(limit - int((_CGROUP / "memory.current").read_text()))
     return max(0, min(free))

@@ -178,9 +178,18 @@ def test_a_case_whose_name_looks_like_a_sub_case_is_not_taken_for_one(tmp_path: 
             assert np.array_equal(bags.batch([part]).features.numpy(), want), part.case_id
 
 
-def test_the_memory_budget() -> None:
+def test_the_memory_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert memory_budget(0, cpu) == 0
     assert memory_budget(1.5, cpu) == 1_500_000_000
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert memory_budget("auto", cpu) == pytest.approx(free / 2, rel=0.5)
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr("featstore.resident._MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr("featstore.resident._CGROUP", tmp_path)
+    assert memory_budget("auto", cpu) == physical // 2  # neither file is there
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    4096 kB\n")
+    assert memory_budget("auto", cpu) == 2 << 20
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory_budget("auto", cpu) == 2 << 20
+    (tmp_path / "memory.max").write_text("3000\n")
+    assert memory_budget("auto", cpu) == 1000
