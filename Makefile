@@ -28,4 +28,5 @@ lint: setup
 bench: setup
 	$(BIN)/python tests/bench/bench_scan.py
 	$(BIN)/python tests/bench/bench_extract.py
+	$(BIN)/python -m tests.bench.bench_store
 	$(BIN)/featstore bench train

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +14,7 @@ from featstore.strict_yaml import read_file
 from heads.config import Config
 
 if TYPE_CHECKING:
-    from featstore.cohort import CohortReport, Scan
-    from featstore.extraction import ExtractionReport, Plan, Progress
+    from featstore.extraction import ExtractionReport
     from heads.project import TrainedRun
     from heads.training.loop import Progress as TrainingProgress
 
@@ -75,9 +72,10 @@ def extract(
 
 
 def _extract(call: Call[Config]) -> ExtractionReport:
+    from featstore.progress import ExtractionBar
     from featstore.project import extract_project
 
-    with _ProgressBar(call) as bar:
+    with ExtractionBar(call) as bar:
         return extract_project(call.config, call.project, _caps(call.config), bar.update, bar.announce)
 
 
@@ -89,6 +87,78 @@ def info(call: Call[Config]) -> None:
 
     summary = summarize(Store.open(call.project / call.config.store.path))
     call.show(summary.to_text(), summary.to_json())
+
+
+@command(("store",))
+def verify(
+    call: Call[Config],
+    quick: bool = typer.Option(False, "--quick", help="only records, and that every part is there"),
+    full: bool = typer.Option(False, "--full", help="also hash every byte of every part"),
+    subset: str | None = typer.Option(None, help="n/t, n from 0: a share of the cases, e.g. one a night"),
+    csv: Path | None = typer.Option(None, help="write what is found to this table"),
+) -> None:
+    """Look for damage in the store; exit code 1 if there is any. Changes nothing."""
+    from featstore.progress import CaseBar
+    from featstore.store.verify import verify as verify_store
+
+    if quick and full:
+        raise ConfigError("--quick and --full at once", expected="one of them", where="verify")
+    level = "quick" if quick else "full" if full else "default"
+    with CaseBar() as bar:
+        report = verify_store(call.project / call.config.store.path, level, subset, bar.update)
+    if csv is not None:
+        report.write_csv(csv)
+    call.show(report.to_text(), report.to_json())
+    raise typer.Exit(report.exit_code)
+
+
+@command(("store",))
+def repair(
+    call: Call[Config],
+    quick: bool = typer.Option(False, "--quick", help="look only at records and sizes of parts"),
+    apply: bool = typer.Option(False, "--apply", help="do it; otherwise only say what would be done"),
+) -> None:
+    """Move what is damaged to quarantine, so that `extract` computes just that again."""
+    from featstore.progress import CaseBar
+    from featstore.store.maintenance import repair as repair_store
+
+    with CaseBar() as bar:
+        path, level = call.project / call.config.store.path, "quick" if quick else "full"
+        report = repair_store(path, apply, level, bar.update)
+    call.show(report.to_text(), report.to_json())
+    raise typer.Exit(report.exit_code)
+
+
+@command(("store",))
+def gc(
+    call: Call[Config],
+    apply: bool = typer.Option(False, "--apply", help="remove; otherwise only count"),
+    grace: float = typer.Option(24.0, min=0, help="hours; keep what was needed or written since then"),
+    quarantine: bool = typer.Option(False, "--quarantine", help="also remove what lies in quarantine"),
+) -> None:
+    """Remove old records, and the files that no recent record names."""
+    from featstore.progress import CaseBar
+    from featstore.store.maintenance import gc as collect
+
+    with CaseBar() as bar:
+        path = call.project / call.config.store.path
+        report = collect(path, grace * 3600, apply, quarantine, bar.update)
+    call.show(report.to_text(), report.to_json())
+
+
+@command(("store",))
+def rm(
+    call: Call[Config],
+    case: list[str] = typer.Option([], help="id of a case; may be given several times"),
+    stain: list[str] = typer.Option([], help="only this stain; may be given several times"),
+    slices: list[str] = typer.Option([], "--slice", help="only this slice; may be given several times"),
+    apply: bool = typer.Option(False, "--apply", help="do it; otherwise only count"),
+) -> None:
+    """Take embeddings out of the store, by case, stain and slice."""
+    from featstore.store.maintenance import rm as remove
+
+    removed = remove(call.project / call.config.store.path, case, stain, slices, apply)
+    call.show(removed.to_text(), removed.to_json())
 
 
 @command((*COHORT, "split"))
@@ -225,62 +295,6 @@ def _caps(config: Config) -> Any:
 
     train = config.train
     return Caps(train.per_slice_cap, train.max_slices_per_stain, train.epochs)
-
-
-class _ProgressBar:
-    """A bar with patches/s, the time left and what the run is bound by; plain lines where no one looks."""
-
-    def __init__(self, call: Call[Config]) -> None:
-        self._call = call
-        self._bar: Any = None
-        self._task: Any = None
-
-    def __enter__(self) -> _ProgressBar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def announce(self, scan: Scan, plan: Plan, report: CohortReport | None) -> None:
-        """Say what is about to be done."""
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._call.tell(plan.to_text(len(scan.table)))
-        for warning in report.warnings if report is not None else ():
-            self._call.tell(f"warning: {warning}")
-        if not len(plan.pending):
-            return
-        alone = not {"OMP_NUM_THREADS", "SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID"} & set(
-            os.environ
-        )
-        if self._call.config.extract.shard is not None and alone:
-            self._call.tell(
-                "warning: shares that run on one machine slow each other down many times over, unless each "
-                "has its own cores: OMP_NUM_THREADS=1 featstore extract --shard … --workers 1"
-            )
-        self._bar = Progress(
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            TextColumn("bound by {task.fields[bound]}"),
-            console=Console(stderr=True),
-            disable=not sys.stderr.isatty() and not os.environ.get("FORCE_COLOR"),
-        )
-        self._task = self._bar.add_task("", total=len(plan.pending), rate="", bound="…")
-        self._bar.start()
-
-    def update(self, progress: Progress) -> None:
-        """Show how far it is."""
-        if self._bar is not None:
-            self._bar.update(
-                self._task,
-                completed=progress.done + len(progress.skipped),
-                rate=f"{progress.rate:,.0f} patches/s",
-                bound=progress.bound_by,
-            )
 
 
 @app.callback(invoke_without_command=True)

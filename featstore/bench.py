@@ -174,7 +174,9 @@ class _Runner:
     def pipeline(self) -> float:
         table, settings = self.found.table, self.config.extract
         with tempfile.TemporaryDirectory(prefix="featstore-bench-") as folder:
-            writer = StoreWriter(Path(folder) / "store", self.spec, {"bench": True})
+            writer = StoreWriter(
+                Path(folder) / "store", self.spec, {"bench": True}, self.config.store.format
+            )
             committer = Committer(writer, table, settings.part_mb << 20, settings.part_seconds)
             return _rate(
                 len(table),

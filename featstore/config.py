@@ -89,7 +89,7 @@ class StoreConfig(Section):
     """Where the embeddings are kept."""
 
     path: str = Field("store", description="folder of the embedding store", json_schema_extra=PATH)
-    format: Literal["hdf5"] = Field("hdf5", description="file format of new parts")
+    format: Literal["hdf5", "zarr"] = Field("hdf5", description="file format of new parts: hdf5 | zarr")
 
 
 class BackboneConfig(Section):

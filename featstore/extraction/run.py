@@ -183,7 +183,10 @@ def _carry_out(
     started = time.monotonic()
     if len(plan.pending) or len(plan.stale) or (settings.prune and len(plan.vanished)):
         writer = StoreWriter(
-            project / config.store.path, spec, _provenance(config, project, backbone, device, batch_size)
+            project / config.store.path,
+            spec,
+            _provenance(config, project, backbone, device, batch_size),
+            config.store.format,
         )
         committer = Committer(writer, plan.pending, settings.part_mb << 20, settings.part_seconds)
         with stop_on_signal() as received:

@@ -5,7 +5,8 @@
     STORE/
       featstore.json               format version, EmbeddingSpec, fingerprint; written once
       cases/<case>/<NNNNNN>.json   commit records; the highest one *is* the case
-      cases/<case>/<unique>.h5     parts: embeddings, never changed after they are written
+      cases/<case>/<unique>.h5     parts: embeddings, never changed after they are written;
+                  or .zarr.zip     HDF5 or Zarr v3, in one store also both (Zarr since 1.1)
       quarantine/                  damaged files, moved here by `repair`
 
 * A part is written whole under a name nobody else chooses, then fsynced. Nothing sees it yet.
@@ -19,7 +20,7 @@
   the fingerprint is the store's. That a file exists means nothing.
 
 In a part, under ``/<stain>/<slice>/`` (ids as `ids.component` writes them; the true ids are
-attributes), N rows in ascending patch number, every dataset checksummed (fletcher32):
+attributes), N rows in ascending patch number, every chunk checksummed (fletcher32, CRC-32C):
 
     features      (N, D) float16|float32   the plain view
     patch         (N,)   int64             patch numbers
@@ -50,10 +51,10 @@ T = TypeVar("T")
 FORMAT = "featstore"
 # Readers accept any minor version of their major version (it may add fields and columns, which
 # they pass over), and refuse other major versions.
-VERSION = (1, 0)
+VERSION = (1, 1)
 MANIFEST = "featstore.json"
 CASES = "cases"
-_PART_NAME = re.compile(r"[0-9a-f]{32}(\.[a-z0-9]+)+")
+PART_NAME = re.compile(r"[0-9a-f]{32}(\.[a-z0-9]+)+")
 QUARANTINE = "quarantine"
 
 COLUMNS: dict[str, str] = {
@@ -160,7 +161,7 @@ def decode_record(data: bytes, where: str) -> Record:
     damaged = StoreDamaged(
         "a commit record is not what was written (its sha256 does not match)",
         where=where,
-        fix="restore this file from a backup, or move it away to go back to the record before it",
+        fix="restore this file from a backup; or `featstore repair --apply`, then `featstore extract` anew",
     )
     try:
         body = json.loads(data)
@@ -229,7 +230,7 @@ def _plausible(part: Part) -> bool:
     """Whether a part's entry can be acted on: a bare file name, and sizes that are sizes."""
     counts = [part.size, *(group.rows for group in part.groups)]
     sizes = all(type(count) is int and count >= 0 for count in counts)
-    return sizes and _PART_NAME.fullmatch(part.name) is not None
+    return sizes and PART_NAME.fullmatch(part.name) is not None
 
 
 def _known(kind: type[T], body: dict[str, Any]) -> T:

@@ -11,8 +11,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.errors import StoreDamaged, StoreError
+from featstore.errors import StoreDamaged
 from featstore.quality import QUALITY_COLUMNS
+from featstore.store.damage import damaged, opening
 from featstore.store.format import COLUMNS, Slice
 from featstore.store.ids import component
 
@@ -146,16 +147,6 @@ class PartReader:
         return damaged(self._path, found, expected)
 
 
-def damaged(path: Path, found: str, expected: str = "") -> StoreDamaged:
-    """The error for a part that is not what its record says."""
-    return StoreDamaged(
-        found,
-        expected=expected,
-        where=str(path),
-        fix="restore this file from a backup, or move its case's folder away and run featstore extract",
-    )
-
-
 @contextmanager
 def open_part(path: Path, size: int) -> Iterator[PartReader]:
     """Open a part for reading.
@@ -168,19 +159,8 @@ def open_part(path: Path, size: int) -> Iterator[PartReader]:
         StoreDamaged: The file is missing, has another size, or is no HDF5 file.
         StoreError: The file may not be read.
     """
-    try:
-        found = path.stat().st_size
-        if found != size:
-            raise damaged(path, f"a part has {found} bytes", f"{size} bytes, as its record says")
+    with opening(path, size, "HDF5"):
         # Parts never change, so HDF5's file locks (which fail on many network file systems) are not needed.
         file = h5py.File(path, "r", locking=False)
-    except FileNotFoundError as error:
-        raise damaged(path, "a part that the newest record names is missing") from error
-    except PermissionError as error:
-        raise StoreError(
-            "a part may not be read", where=str(path), fix="give yourself permission to read it"
-        ) from error
-    except OSError as error:
-        raise damaged(path, f"a part is no readable HDF5 file ({error})") from error
     with file:
         yield PartReader(file, path)

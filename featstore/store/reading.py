@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from featstore.cohort.names import natural_key
 from featstore.errors import StoreDamaged
 from featstore.quality import QUALITY_COLUMNS
-from featstore.store import hdf5
 from featstore.store.format import OPTIONAL_COLUMNS, Group, Part, Record
+from featstore.store.parts import PartReader, damaged, open_part
 
 # Per column: dtype (None: any byte string) and the shape of a row.
 _ROWS: dict[str, tuple[type | None, tuple[int, ...]]] = {
@@ -116,13 +116,13 @@ def read_features(folder: Path, case: Layout, dtype: str, dim: int) -> NDArray[A
     """
     for piece in case.pieces:
         if piece.group.rows * dim * np.dtype(dtype).itemsize > piece.part.size:
-            raise hdf5.damaged(
+            raise damaged(
                 folder / piece.part.name,
                 f"a part of {piece.part.size} bytes cannot hold {piece.group.rows} embeddings",
             )
     out = np.empty((len(case.patches), dim), dtype)
     for part, pieces in _by_part(case.pieces):
-        with hdf5.open_part(folder / part.name, part.size) as reader:
+        with open_part(folder / part.name, part.size) as reader:
             for piece in pieces:
                 name = (piece.group.stain, piece.group.slice_id, "features", piece.group.rows)
                 if piece.span is not None:
@@ -148,7 +148,7 @@ def read_columns(folder: Path, case: Layout, names: Sequence[str]) -> dict[str, 
     blocks: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
     targets: list[NDArray[np.int64]] = []
     for part, pieces in _by_part(case.pieces):
-        with hdf5.open_part(folder / part.name, part.size) as reader:
+        with open_part(folder / part.name, part.size) as reader:
             for piece in pieces:
                 live = slice(None) if piece.span is not None else _live_rows(reader, piece, folder)
                 for name in names:
@@ -165,7 +165,7 @@ def read_columns(folder: Path, case: Layout, names: Sequence[str]) -> dict[str, 
     return result
 
 
-def _column(reader: hdf5.PartReader, piece: Piece, name: str, folder: Path) -> NDArray[Any]:
+def _column(reader: PartReader, piece: Piece, name: str, folder: Path) -> NDArray[Any]:
     group, (dtype, shape) = piece.group, _ROWS[name]
     if name in OPTIONAL_COLUMNS and name not in reader.columns(group.stain, group.slice_id):
         return np.full((group.rows, *shape), np.nan, dtype)
@@ -174,11 +174,11 @@ def _column(reader: hdf5.PartReader, piece: Piece, name: str, folder: Path) -> N
         return reader.read(group.stain, group.slice_id, name, group.rows, into=into)
     block = reader.read(group.stain, group.slice_id, name, group.rows)
     if block.dtype.kind != "S" or block.ndim != 1:
-        raise hdf5.damaged(folder / piece.part.name, f"{name} holds {block.dtype}", "byte strings")
+        raise damaged(folder / piece.part.name, f"{name} holds {block.dtype}", "byte strings")
     return block
 
 
-def _live_rows(reader: hdf5.PartReader, piece: Piece, folder: Path) -> NDArray[np.bool_]:
+def _live_rows(reader: PartReader, piece: Piece, folder: Path) -> NDArray[np.bool_]:
     """Which of the group's rows the record lists."""
     group = piece.group
     stored = reader.read(
@@ -186,7 +186,7 @@ def _live_rows(reader: hdf5.PartReader, piece: Piece, folder: Path) -> NDArray[n
     )
     live = np.isin(stored, piece.patches)
     if int(live.sum()) != len(piece.patches):
-        raise hdf5.damaged(
+        raise damaged(
             folder / piece.part.name,
             f"{group.stain}/{group.slice_id} holds {int(live.sum())} of the patches {group.live}",
             f"{len(piece.patches)} of them",

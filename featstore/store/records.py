@@ -33,6 +33,24 @@ def read_manifest(root: Path) -> EmbeddingSpec | None:
     return decode_manifest(data, str(path))
 
 
+def require_manifest(root: Path) -> EmbeddingSpec:
+    """The store's EmbeddingSpec.
+
+    Raises:
+        StoreError: There is no store.
+        StoreDamaged: Its description is not what was written.
+    """
+    spec = read_manifest(root)
+    if spec is None:
+        raise StoreError(
+            "there is no embedding store here",
+            expected=f"a folder with {MANIFEST} in it",
+            where=str(root.absolute()),
+            fix="make one with `featstore extract`, or name another with --store-path FOLDER",
+        )
+    return spec
+
+
 def newest_records(root: Path) -> dict[str, int]:
     """The highest record number of every case folder that has one."""
     newest = {}
@@ -82,19 +100,36 @@ def read_record(root: Path, name: str, sequence: int, spec: EmbeddingSpec) -> Re
         ) from error
     except OSError as error:
         raise StoreError(f"a record may not be read ({error.strerror})", where=str(path)) from error
+    return check_record(data, path, sequence, spec)
+
+
+def check_record(data: bytes, path: Path, sequence: int, spec: EmbeddingSpec | None) -> Record:
+    """A record from the bytes of its file.
+
+    Args:
+        data: What the file holds.
+        path: The file, in its case's folder.
+        sequence: The number in its name.
+        spec: The store's; the record must have its fingerprint. None: any will do.
+
+    Raises:
+        StoreError: The record is of another major version of the format.
+        StoreDamaged: The record is not what was written, or not of this store.
+    """
     record = decode_record(data, str(path))
+    name = path.parent.name
     if record.sequence != sequence or component(record.case_id) != name:
         raise StoreDamaged(
             f"this record was written as number {record.sequence} of case {record.case_id!r}",
             expected=f"number {sequence} of the case in {name}",
             where=str(path),
-            fix="it was copied here by hand: move it away",
+            fix="it was copied here by hand: `featstore repair` moves it away",
         )
-    if record.fingerprint != spec.fingerprint:
+    if spec is not None and record.fingerprint != spec.fingerprint:
         raise StoreDamaged(
             f"this record has the fingerprint {record.fingerprint}",
             expected=f"{spec.fingerprint}, the store's",
             where=str(path),
-            fix="it was copied here from another store: move it away",
+            fix="it was copied here from another store: `featstore repair` moves it away",
         )
     return record

@@ -21,10 +21,10 @@ from featstore.cohort.names import natural_key
 from featstore.errors import StoreDamaged, StoreError
 from featstore.quality import QUALITY_COLUMNS
 from featstore.spec import EmbeddingSpec
-from featstore.store.format import CASES, GEOMETRY_COLUMNS, MANIFEST, Record
+from featstore.store.format import CASES, GEOMETRY_COLUMNS, Record
 from featstore.store.ids import component
 from featstore.store.reading import Layout, layout, read_columns, read_features
-from featstore.store.records import newest_records, read_manifest, read_record
+from featstore.store.records import newest_records, read_record, require_manifest
 
 
 class Store:
@@ -55,15 +55,7 @@ class Store:
             StoreDamaged: Its description is not what was written.
         """
         root = Path(path)
-        spec = read_manifest(root)
-        if spec is None:
-            raise StoreError(
-                "there is no embedding store here",
-                expected=f"a folder with {MANIFEST} in it",
-                where=str(root.absolute()),
-                fix="make one with `featstore extract`, or name another with --store-path FOLDER",
-            )
-        return cls(root, spec, newest_records(root))
+        return cls(root, require_manifest(root), newest_records(root))
 
     def cases(self) -> list[str]:
         """The ids of all cases that have live embeddings, in natural order."""

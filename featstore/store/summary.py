@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from featstore.store.format import CASES
 from featstore.store.store import Store
+from featstore.store.verify import verify
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class StoreSummary:
         commits: Number of commit records.
         first_commit: Time of the oldest of the newest records, ISO 8601, UTC.
         last_commit: Time of the newest record.
+        damaged: What a quick look finds damaged or missing.
     """
 
     path: str
@@ -44,6 +47,7 @@ class StoreSummary:
     commits: int
     first_commit: str | None
     last_commit: str | None
+    damaged: int
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON types."""
@@ -62,7 +66,14 @@ class StoreSummary:
             + (f"; {_bytes(self.bytes_dead)} that nothing names any more" if self.bytes_dead else ""),
         ]
         if self.first_commit and self.last_commit:
-            lines.append(f"  committed    {self.first_commit[:19]} to {self.last_commit[:19]} UTC")
+            lines.append(
+                f"  committed    {self.first_commit[:19]} to {self.last_commit[:19]} UTC"
+                f" ({_ago(self.last_commit)})"
+            )
+        health = "every record and part is there, as far as a quick look tells"
+        if self.damaged:
+            health = f"DAMAGED: {self.damaged:,} findings; `featstore verify` lists them"
+        lines.append(f"  health       {health}")
         width = max((len(name) for name in self.stains), default=0)
         for name, counts in self.stains.items():
             missing = self.cases - counts["cases"]
@@ -111,6 +122,7 @@ def summarize(store: Store) -> StoreSummary:
         commits=commits,
         first_commit=min(times, default=None),
         last_commit=max(times, default=None),
+        damaged=len(verify(store.path, "quick").damage),
     )
 
 
@@ -122,6 +134,15 @@ def _input(spec: dict[str, Any]) -> str:
     )
     relu = "" if spec["final_relu"] is None else f", final ReLU {'on' if spec['final_relu'] else 'off'}"
     return f"{size}, {spec['channel_order']}, pool {spec['pool']}{relu}"
+
+
+def _ago(time: str) -> str:
+    """How long ago an ISO 8601 time is."""
+    seconds = (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds()
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{int(seconds // size):,} {unit} ago"
+    return "just now"
 
 
 def _bytes(count: int) -> str:

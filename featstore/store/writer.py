@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from featstore.errors import FingerprintMismatch, StoreError
 from featstore.spec import EmbeddingSpec
-from featstore.store import files, hdf5
+from featstore.store import files
 from featstore.store.format import (
     CASES,
     FORMAT,
@@ -35,6 +35,7 @@ from featstore.store.format import (
     record_name,
 )
 from featstore.store.ids import component
+from featstore.store.parts import encode as encode_part
 from featstore.store.ranges import encode_ranges
 from featstore.store.records import highest_record, read_manifest, read_record
 from featstore.store.store import Store
@@ -49,6 +50,7 @@ class StoreWriter:
         path: The store's folder; made if it does not exist.
         spec: What the embeddings are made with.
         provenance: Recorded in every part: library versions, batch size, source folder, machine.
+        file_format: Of new parts: ``hdf5`` or ``zarr``; those that are there may have another.
 
     Raises:
         FingerprintMismatch: The store holds embeddings made otherwise.
@@ -56,10 +58,15 @@ class StoreWriter:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], spec: EmbeddingSpec, provenance: Mapping[str, Any]
+        self,
+        path: str | os.PathLike[str],
+        spec: EmbeddingSpec,
+        provenance: Mapping[str, Any],
+        file_format: str = "hdf5",
     ) -> None:
         self.path = Path(path)
         self.spec = spec
+        self._file_format = file_format
         self._provenance = json.dumps(dict(provenance), sort_keys=True)
         self._writer = f"{platform.node()}:{os.getpid()}"
         check_writable(self.path, spec)
@@ -151,8 +158,8 @@ class StoreWriter:
                     "rows that are not in strictly ascending order of their patch numbers",
                     where=f"case {case_id}, {item.stain}/{item.slice_id}",
                 )
-        data = hdf5.encode(slices, attributes)
-        name = files.unique_name() + hdf5.SUFFIX
+        data, suffix = encode_part(self._file_format, slices, attributes)
+        name = files.unique_name() + suffix
         files.write_new(folder / name, data)
         groups = tuple(
             Group(item.stain, item.slice_id, len(item.patch), encode_ranges(item.patch)) for item in slices

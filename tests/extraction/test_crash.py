@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -28,8 +29,11 @@ def reference(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return project, contents(project / "store"), seconds
 
 
-def clone(project: Path, folder: Path) -> Path:
+def clone(project: Path, folder: Path, file_format: str = "hdf5") -> Path:
     shutil.copytree(project, folder, ignore=shutil.ignore_patterns("store", "reports"))
+    settings = json.loads((folder / "featstore.yaml").read_text())
+    settings["store"] = {"format": file_format}
+    (folder / "featstore.yaml").write_text(json.dumps(settings))
     return folder
 
 
@@ -54,12 +58,14 @@ def finish(zygote: Zygote, project: Path, whole: Contents, committed: int) -> No
     assert contents(project / "store") == whole
 
 
-def kill_at_random_moments(zygote: Zygote, reference: tuple, folder: Path, times: int) -> set[int]:
+def kill_at_random_moments(
+    zygote: Zygote, reference: tuple, folder: Path, times: int, file_format: str = "hdf5"
+) -> set[int]:
     project, whole, seconds = reference
     moments = random.Random(0)
     seen = set()
     for i in range(times):
-        victim = clone(project, folder / str(i))
+        victim = clone(project, folder / str(i), file_format)
         codes, _, _ = zygote.run({"project": victim, "kill_after": moments.uniform(0, seconds)})
         assert codes in ([-9], [0])
         committed = check_after_a_kill(victim, whole)
@@ -75,16 +81,26 @@ def test_killed_at_random_moments(zygote: Zygote, reference: tuple, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_killed_at_two_hundred_random_moments(zygote: Zygote, reference: tuple, tmp_path: Path) -> None:
-    kill_at_random_moments(zygote, reference, tmp_path, 200)
+@pytest.mark.parametrize("file_format", ["hdf5", "zarr"])
+def test_killed_at_two_hundred_random_moments(
+    zygote: Zygote, reference: tuple, tmp_path: Path, file_format: str
+) -> None:
+    kill_at_random_moments(zygote, reference, tmp_path, 200, file_format)
 
 
-def kill_at_every_step(zygote: Zygote, reference: tuple, folder: Path, after: bool) -> int:
+def kill_at_every_step(
+    zygote: Zygote,
+    reference: tuple,
+    folder: Path,
+    after: bool,
+    file_format: str = "hdf5",
+    stride: int = 1,
+) -> int:
     project, whole, _ = reference
     step = 0
     while True:
-        step += 1
-        victim = clone(project, folder / str(step))
+        step += stride
+        victim = clone(project, folder / str(step), file_format)
         codes, _, _ = zygote.run({"project": victim, "kill_at": step, "after": after})
         committed = check_after_a_kill(victim, whole)
         if codes == [0]:
@@ -92,7 +108,7 @@ def kill_at_every_step(zygote: Zygote, reference: tuple, folder: Path, after: bo
             return step - 1
         assert codes == [-9]
         # Finishing after each of a hundred kills is for the slow suite; here, for some.
-        if step % 7 == 0:
+        if step % 7 == 0 or stride > 1:
             finish(zygote, victim, whole, committed)
         shutil.rmtree(victim)
 
@@ -109,11 +125,24 @@ def small_reference(
     return project, contents(project / "store"), seconds
 
 
+# The steps are the same for both file formats, so one of them gets a lighter dose.
+@pytest.mark.parametrize(("file_format", "stride"), [("hdf5", 1), ("zarr", 5)])
 def test_killed_before_every_step_of_the_commit(
-    zygote: Zygote, small_reference: tuple, tmp_path: Path
+    zygote: Zygote, small_reference: tuple, tmp_path: Path, file_format: str, stride: int
 ) -> None:
     # Making the store and a commit: folders, part, record, each written, synced and linked.
-    assert kill_at_every_step(zygote, small_reference, tmp_path, after=False) > 20
+    assert kill_at_every_step(zygote, small_reference, tmp_path, False, file_format, stride) > 20
+
+
+def test_the_format_of_parts_is_that_of_the_settings(
+    zygote: Zygote, small_reference: tuple, tmp_path: Path
+) -> None:
+    project, whole, _ = small_reference
+    victim = clone(project, tmp_path / "zarr", "zarr")
+    assert zygote.run({"project": victim})[0] == [0]
+    parts = {path.name.partition(".")[2] for path in victim.glob("store/cases/*/*")} - {"json"}
+    assert parts == {"zarr.zip"}
+    assert contents(victim / "store") == whole
 
 
 @pytest.mark.slow

@@ -8,15 +8,12 @@ from hypothesis import strategies as st
 
 from featstore.errors import FingerprintMismatch, StoreDamaged, StoreError
 from featstore.store import Store, StoreWriter, files
+from featstore.store.parts import encode as encode_part
+from featstore.store.parts import open_part
 from featstore.store.records import highest_record
 from tests.store.builders import DIM, feature, make_slice, make_spec
 
 pytestmark = pytest.mark.filterwarnings("error")
-
-
-@pytest.fixture
-def writer(tmp_path: Path) -> StoreWriter:
-    return StoreWriter(tmp_path / "store", make_spec(), {"test": True})
 
 
 def contents(path: Path) -> dict[tuple[str, str, str, int], bytes]:
@@ -88,7 +85,7 @@ def test_the_same_bytes_computed_twice_keep_the_first(writer: StoreWriter) -> No
     first = highest_record(writer.path / "cases" / "a")
     writer.commit("a", [make_slice("a", "x", "s", [1, 2])])
     assert highest_record(writer.path / "cases" / "a") == first
-    assert len(list((writer.path / "cases" / "a").glob("*.h5"))) == 1
+    assert len(_parts(writer.path)) == 1
     writer.commit("a", [make_slice("a", "x", "s", [2, 3])])
     record = Store.open(writer.path).record("a")
     assert [[group.live for group in part.groups] for part in record.parts] == [["1-2"], ["3"]]
@@ -131,7 +128,7 @@ def test_a_commit_is_synced_in_the_order_that_makes_it_safe(
 
     def kind(path: object) -> str:
         suffix = Path(os.fsdecode(path)).suffix  # type: ignore[arg-type]
-        return {".h5": "part", ".tmp": "temporary", ".json": "record"}.get(suffix, "folder")
+        return {".h5": "part", ".zip": "part", ".tmp": "temporary", ".json": "record"}.get(suffix, "folder")
 
     class Recorder:
         def __getattr__(self, name: str) -> object:
@@ -191,13 +188,15 @@ def test_any_flipped_bit_is_harmless_or_told(writer: StoreWriter) -> None:
     assert told > 50
 
 
-def test_the_oldest_store_is_still_read() -> None:
-    """Written by the first version of the format; never written anew."""
-    found = contents(Path(__file__).parent / "golden" / "1.0")
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_older_stores_are_still_read(version: str) -> None:
+    """Written by earlier versions of the format (1.1: by `golden.py`); never written anew."""
+    golden = Path(__file__).parent / "golden" / version
+    found = contents(golden)
     assert found == expected("a", "h&e", "match_1", [1, 2, 10]) | expected(
         "B", "sox10", "s", [7], version=1
     )
-    table = Store.open(Path(__file__).parent / "golden" / "1.0").table()
+    table = Store.open(golden).table()
     assert table["path"].tolist() == ["B_sox10_s_7_v1", *(f"a_h&e_match_1_{p}_v0" for p in (1, 2, 10))]
 
 
@@ -211,10 +210,10 @@ STEPS = st.lists(
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS)
 def test_any_history_ends_like_a_dictionary_would(
-    steps: list, tmp_path_factory: pytest.TempPathFactory
+    steps: list, tmp_path_factory: pytest.TempPathFactory, file_format: str
 ) -> None:
     path = tmp_path_factory.mktemp("history") / "store"
-    writer = StoreWriter(path, make_spec(), {})
+    writer = StoreWriter(path, make_spec(), {}, file_format)
     model: dict = {}
     for is_drop, (case, stain, slice_id), patches, version in steps:
         numbers = sorted(patches)
@@ -229,7 +228,29 @@ def test_any_history_ends_like_a_dictionary_would(
     assert contents(path) == model
 
 
-def test_writers_of_one_case_lose_nothing(tmp_path: Path) -> None:
+def test_a_store_may_hold_parts_of_both_formats(writer: StoreWriter, file_format: str) -> None:
+    other = StoreWriter(writer.path, make_spec(), {}, {"hdf5": "zarr", "zarr": "hdf5"}[file_format])
+    writer.commit("a", [make_slice("a", "x", "s", [1, 3, 5])])
+    other.commit("a", [make_slice("a", "x", "s", [2, 3], version=1), make_slice("a", "x", "long", [1])])
+    assert {part.suffix for part in _parts(writer.path)} == {".h5", ".zip"}
+    want = expected("a", "x", "s", [1, 5]) | expected("a", "x", "s", [2, 3], 1)
+    assert contents(writer.path) == want | expected("a", "x", "long", [1])
+    # The same rows again, in the other format: the first ones stay.
+    other.commit("a", [make_slice("a", "x", "s", [1, 5])])
+    assert len(_parts(writer.path)) == 2
+    assert other.drop("a", doomed("a", "x", "s", [5])) == 1
+    assert ("a", "x", "s", 5) not in contents(writer.path)
+
+
+def test_an_unknown_file_format_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no file format 'hdf'") as error:
+        encode_part("hdf", [make_slice("a", "x", "s", [1])], {})
+    assert error.value.expected == "hdf5 or zarr"
+    with pytest.raises(StoreError, match=r"file format that this version does not know \(n5\)"):
+        open_part(tmp_path / f"{'0' * 32}.n5", 1)
+
+
+def test_writers_of_one_case_lose_nothing(tmp_path: Path, file_format: str) -> None:
     path = tmp_path / "store"
     StoreWriter(path, make_spec(), {})
     children = []
@@ -237,7 +258,7 @@ def test_writers_of_one_case_lose_nothing(tmp_path: Path) -> None:
         child = os.fork()
         if child == 0:
             try:
-                writer = StoreWriter(path, make_spec(), {})
+                writer = StoreWriter(path, make_spec(), {}, file_format)
                 for i in range(10):
                     # Own rows, and rows that everybody writes.
                     writer.commit(
@@ -307,8 +328,13 @@ def test_hostile_ids_round_trip(writer: StoreWriter, case: str) -> None:
     assert sorted(os.listdir(writer.path.parent)) == ["store"]
 
 
+def _parts(path: Path) -> list[Path]:
+    return [file for file in path.glob("cases/*/*") if file.name.endswith((".h5", ".zarr.zip"))]
+
+
 def _part(path: Path) -> Path:
-    return next(path.glob("cases/*/*.h5"))
+    (part,) = _parts(path)
+    return part
 
 
 def test_damage_is_told_with_the_file(writer: StoreWriter) -> None:
@@ -384,9 +410,10 @@ def test_no_permission(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_parts_open_in_plain_h5py(writer: StoreWriter) -> None:
+def test_parts_open_in_plain_h5py(tmp_path: Path) -> None:
     import h5py
 
+    writer = StoreWriter(tmp_path / "store", make_spec(), {})
     writer.commit("Case 1", [make_slice("Case 1", "h&e", "match_1", [1, 2])])
     with h5py.File(_part(writer.path)) as file:
         assert file["h&e/match_1/features"].shape == (2, DIM)
@@ -396,8 +423,6 @@ def test_parts_open_in_plain_h5py(writer: StoreWriter) -> None:
 
 def test_a_part_that_points_elsewhere_is_refused(tmp_path: Path) -> None:
     import h5py
-
-    from featstore.store.hdf5 import open_part
 
     secret = tmp_path / "secret.h5"
     with h5py.File(secret, "w") as file:
