@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,11 +57,12 @@ def check(
     )
 
 
-def _gpu(own: dict[str, Any]) -> dict[str, Any]:
-    return {"extract": {"device": "cuda"}} if own["gpu"] else {}
+def _gpu(section: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What `--gpu` stands for on a command that is about this section."""
+    return lambda own: {section: {"device": "cuda"}} if own["gpu"] else {}
 
 
-@command((*COHORT, "store", "backbone", "extract"), presets=_gpu)
+@command((*COHORT, "store", "backbone", "extract"), presets=_gpu("extract"))
 def extract(
     call: Call[Config], gpu: bool = typer.Option(False, "--gpu", help="insist on a GPU (--device cuda)")
 ) -> None:
@@ -170,11 +172,7 @@ def split(call: Call[Config]) -> None:
     call.show(written.to_text(), written.to_json())
 
 
-def _train_gpu(own: dict[str, Any]) -> dict[str, Any]:
-    return {"train": {"device": "cuda"}} if own["gpu"] else {}
-
-
-@command(("head", "train", "runs"), presets=_train_gpu)
+@command(("head", "train", "runs"), presets=_gpu("train"))
 def train_head(
     call: Call[Config],
     gpu: bool = typer.Option(False, "--gpu", help="insist on a GPU (--device cuda)"),
@@ -215,7 +213,7 @@ def evaluate(
     call.show(done.to_text(), done.to_json())
 
 
-@command((*COHORT, "backbone", "extract"), in_project=None, presets=_gpu)
+@command((*COHORT, "backbone", "extract"), in_project=None, presets=_gpu("extract"))
 def bench(
     call: Call[Config],
     what: str = typer.Argument("extract", help="what to measure: extract (in a project) | train"),

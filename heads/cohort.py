@@ -123,7 +123,7 @@ def _choose_split(
 
 def load_bags(
     config: Config,
-    project: Path,
+    store: Store,
     labels: dict[str, int],
     tell: Callable[[str], None],
     fingerprint: str | None = None,
@@ -132,7 +132,7 @@ def load_bags(
 
     Args:
         config: Of the project, or of a run.
-        project: The folder that relative paths start from.
+        store: Where the embeddings are.
         labels: Class index of every case that is wanted.
         tell: Called with remarks.
         fingerprint: Of the embeddings that a run was trained on, if there is one.
@@ -143,7 +143,6 @@ def load_bags(
     device = _device(config.train.device)
     if device.type == "cpu":
         keep_freed_memory()
-    store = Store.open(project / config.store.path)
     if fingerprint not in (None, store.spec.fingerprint):
         raise FingerprintMismatch(
             f"the store has {store.spec.dim} features of {store.spec.backbone}, "

@@ -109,7 +109,8 @@ def train_project(
         config, about = _here(_resumed(config, run, tell), config), read_about(run)
         split, _ = read_split(run.splits, list(about["labels"]), {}, normalize_cases=False)
         load_plugin(_plugin(config, project))
-        bags = load_bags(config, project, about["labels"], tell, about["store"]["fingerprint"])
+        store = Store.open(project / config.store.path)
+        bags = load_bags(config, store, about["labels"], tell, about["store"]["fingerprint"])
         check_unchanged(bags, about, tell)
     else:
         config = resolved(config)
@@ -123,7 +124,7 @@ def train_project(
             tell("warning: train.bag_size is set, but train.sampling is all: add --sampling random")
         if config.train.class_weights != "balanced" and not config.train.use_class_weights:
             tell("warning: train.class_weights is set, but not used: add --use-class-weights")
-        bags = load_bags(config, project, labels, tell)
+        bags = load_bags(config, store, labels, tell)
         about = describe(bags, names, labels, split)
         run = None
     head = build_head(config.head, int(about["dim"]), len(about["class_names"]), config.train.seed)
@@ -177,7 +178,8 @@ def evaluate_project(
     mine = _here(mine, config).model_copy(update={"runs": config.runs})
     load_plugin(_plugin(mine, project))
     split, _ = read_split(run.splits, list(about["labels"]), {}, normalize_cases=False)
-    bags = load_bags(mine, project, about["labels"], tell, about["store"]["fingerprint"])
+    store = Store.open(project / mine.store.path)
+    bags = load_bags(mine, store, about["labels"], tell, about["store"]["fingerprint"])
     check_unchanged(bags, about, tell)
     return _evaluate(run, mine, about, bags, split, tell, part)
 

@@ -272,7 +272,7 @@ def test_stopped_or_killed_and_resumed_equals_a_run_that_was_not(project: Path) 
 def test_the_threshold_comes_from_the_validation_cases(project: Path) -> None:
     run = RunFolder(train(project, "--threshold", "validation", "--epochs", 2))
     config, about = read_config(run), read_about(run)
-    bags = heads.project.load_bags(config, project, about["labels"], print)
+    bags = heads.project.load_bags(config, Store.open(project / "store"), about["labels"], print)
     val = [str(case) for case in npz(run.splits)["val_cases"]]
     seen = predict(load_best(run, config, about), bags, val, config.train)
     threshold = youden_threshold(seen.labels, seen.probabilities[:, 1])

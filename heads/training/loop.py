@@ -246,7 +246,7 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self.best = dict(state["best"])
-        self.good = dict(state)
+        self.good = copy.deepcopy(dict(state))  # the optimiser goes on in the tensors that it was given
 
 
 def is_finished(config: TrainConfig, progress: Progress) -> bool:

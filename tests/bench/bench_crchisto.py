@@ -135,7 +135,7 @@ def main() -> None:
     started = time.perf_counter()
     store, labels = prepare(options.work, options.data)
     splits = make_splits(labels, {}, FOLDS, SPLIT_SEED)
-    bags = load_bags(default_config(HEADS[0], 0), options.work, labels, print)
+    bags = load_bags(default_config(HEADS[0], 0), store, labels, print)
     print(
         f"{len(labels)} cases, {FOLDS} folds, torch {torch.__version__}, {torch.get_num_threads()} threads"
     )

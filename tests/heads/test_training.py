@@ -250,3 +250,16 @@ def test_the_moving_average_equals_its_formula_and_is_what_is_kept(bags: CaseBag
     assert float(training.head.seen) == 5
     assert float(training.model.seen) == pytest.approx(1 + sum(1 - decay**i for i in range(1, 5)))
     assert same_bits(training.best, kept[training.progress.best_epoch])
+
+
+def test_what_was_good_is_not_touched_by_the_epoch_after_a_resume(bags: CaseBags) -> None:
+    config = make_config(epochs=3)
+    first = make_training(bags, config)
+    first.run(stop=[], after_epoch=lambda training: None)
+    resumed = make_training(bags, config)
+    resumed.load_state(copy.deepcopy(first.good))
+    before = copy.deepcopy(resumed.good["optimizer"]["state"])
+    resumed.learn(resumed.data.epoch(3), {})
+    for index, values in before.items():
+        for name, value in values.items():
+            assert torch.equal(resumed.good["optimizer"]["state"][index][name], value), name
