@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from featstore.bags import Bag
     from featstore.errors import FeatstoreError
+    from featstore.resident import CaseBags
     from featstore.spec import EmbeddingSpec
     from featstore.store import Store
 
 __version__ = "0.1.0"
 
-__all__ = ["Bag", "EmbeddingSpec", "FeatstoreError", "Store", "__version__"]
+__all__ = ["Bag", "CaseBags", "EmbeddingSpec", "FeatstoreError", "Store", "__version__"]
 
 _HOMES = {
     "Bag": "featstore.bags",
+    "CaseBags": "featstore.resident",
     "EmbeddingSpec": "featstore.spec",
     "FeatstoreError": "featstore.errors",
     "Store": "featstore.store",

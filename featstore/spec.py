@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from featstore.errors import StoreError
+
+IMPORTED = "imported:"
+_UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -19,10 +23,11 @@ class EmbeddingSpec:
     recorded with every part, but are no part of the fingerprint.
 
     Attributes:
-        backbone: The name as configured, e.g. ``densenet121`` or ``timm:NAME``.
+        backbone: The name as configured, e.g. ``densenet121`` or ``timm:NAME``; ``imported:FORMAT``
+            or ``imported:FORMAT:ENCODER`` where another tool made the embeddings.
         weights_sha256: Digest of the state dict's names, dtypes, shapes and values.
         resize: Side in pixels of the square that the whole patch is resized to; with a crop, of
-            the shorter side before it.
+            the shorter side before it; 0 where it is not known.
         crop: Side of the centre crop in pixels; None for none.
         interpolation: ``bilinear``, ``bicubic``, …, the model's own.
         resize_implementation: Which code resizes; results differ in the last bits.
@@ -55,7 +60,41 @@ class EmbeddingSpec:
     runtime: str
     dim: int
 
+    @classmethod
+    def imported(cls, source: str, encoder: str | None, dim: int, dtype: str) -> EmbeddingSpec:
+        """What is known of embeddings that another tool made.
+
+        Args:
+            source: The foreign format's name.
+            encoder: What made them, if that is known.
+            dim: Number of features D.
+            dtype: As they are stored, ``float16`` or ``float32``.
+        """
+        return cls(
+            backbone=f"{IMPORTED}{source}" + (f":{encoder}" if encoder else ""),
+            weights_sha256=_UNKNOWN,
+            resize=0,
+            crop=None,
+            interpolation=_UNKNOWN,
+            resize_implementation=_UNKNOWN,
+            channel_order=_UNKNOWN,
+            color_policy=_UNKNOWN,
+            mean=(),
+            std=(),
+            pool=1,
+            final_relu=None,
+            compute_dtype=_UNKNOWN,
+            stored_dtype=dtype,
+            runtime=_UNKNOWN,
+            dim=dim,
+        )
+
     @property
+    def is_imported(self) -> bool:
+        """Whether another tool made the embeddings, so that no patch can be embedded likewise."""
+        return self.backbone.startswith(IMPORTED)
+
+    @cached_property
     def fingerprint(self) -> str:
         """The first 32 hexadecimal digits of the sha256 of the canonical JSON form.
 

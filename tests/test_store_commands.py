@@ -78,6 +78,38 @@ def test_a_damaged_record_stops_readers_until_it_is_repaired(project: Path) -> N
     assert contents(project / "store") == before
 
 
+def test_a_lost_description_is_made_anew(project: Path) -> None:
+    manifest = project / "store" / "featstore.json"
+    good, before = manifest.read_bytes(), contents(project / "store")
+    manifest.unlink()
+    for command in ("info", "gc", "extract"):
+        result = featstore(project, command)
+        assert result.exit_code in (1, 2)
+        assert manifest.name in result.stderr
+    result = featstore(project, "verify")
+    assert result.exit_code == 1
+    assert "featstore.json: the store's description (featstore.json) is missing" in result.stdout
+    assert "`featstore repair --apply` makes it anew from 3 parts" in result.stdout
+    planned = featstore(project, "repair")
+    assert planned.exit_code == 1
+    assert "featstore.json would be made anew from 3 parts" in planned.stdout
+    assert not manifest.exists()
+    assert answer(project, "repair", "--apply")["description"]["parts"] == 3
+    assert manifest.read_bytes() == good
+    flip(manifest, 200)
+    assert "featstore.json was made anew" in succeeded(project, "repair", "--apply").stdout
+    assert (manifest.read_bytes(), contents(project / "store")) == (good, before)
+    assert answer(project, "extract")["committed"] == 0
+    for part in (project / "store").glob("cases/*/*.h5"):
+        part.unlink()
+    manifest.unlink()
+    files = listing(project)
+    result = featstore(project, "repair", "--apply")
+    assert result.exit_code == 1
+    assert "cannot be made anew" in result.stdout
+    assert listing(project) == files
+
+
 def test_rm(project: Path) -> None:
     before = contents(project / "store")
     files = listing(project)

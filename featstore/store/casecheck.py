@@ -158,7 +158,7 @@ class Inspector:
                 case_id = json.loads(read_plain(path))["case_id"]
                 if component(case_id) == path.parent.name:
                     return str(case_id)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, StoreError):
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StoreError):
                 continue
         return None
 

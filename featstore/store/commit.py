@@ -10,6 +10,7 @@ from pathlib import Path
 
 from featstore.store import files
 from featstore.store.format import Part, Record, encode_record, record_name
+from featstore.store.records import require_own_folder
 
 
 def publish_next(folder: Path, case_id: str, fingerprint: str, current: int, parts: Sequence[Part]) -> bool:
@@ -27,7 +28,12 @@ def publish_next(folder: Path, case_id: str, fingerprint: str, current: int, par
 
     Returns:
         False if another writer came first; nothing has changed then.
+
+    Raises:
+        StoreDamaged: The folder is only a link to one.
+        StoreError: The record could not be written.
     """
+    require_own_folder(folder)
     record = Record(
         case_id=case_id,
         sequence=current + 1,

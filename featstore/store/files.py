@@ -60,16 +60,23 @@ def write_new(path: Path, data: bytes) -> None:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             try:
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(handle, view) :]
+                _write_all(handle, data)
                 os.fsync(handle)
             finally:
                 os.close(handle)
+            sync_folder(path.parent)
         except BaseException:
             remove(path)
             raise
-    sync_folder(path.parent)
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.write(handle, view)
+        if not written:  # some file systems in user space answer so, and would do so for ever
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        view = view[written:]
 
 
 def publish(path: Path, data: bytes) -> bool:
@@ -105,8 +112,10 @@ def check_links(folder: Path) -> None:
         StoreError: ``link(2)`` does not work in this folder, or it cannot be written to.
     """
     probe = folder / f".probe-{unique_name()}{TEMPORARY_SUFFIX}"
-    publish(probe, b"")
-    remove(probe)
+    try:
+        publish(probe, b"")
+    finally:
+        remove(probe)
 
 
 def remove(path: Path) -> None:

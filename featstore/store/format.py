@@ -26,6 +26,7 @@ attributes), N rows in ascending patch number, every chunk checksummed (fletcher
     patch         (N,)   int64             patch numbers
     quality       (N, 8) float32           columns named in its attribute ``columns``
     geometry      (N, 8) float64           x0, y0, …, x3, y3 in level-0 pixels; where known
+    coords        (N, 2) float64           x, y as an imported file has them; where there (since 1.2)
     source_name   (N,)   bytes             path below the patches folder, UTF-8
     source_stat   (N, 2) int64             size in bytes, modification time in ns
     source_sha256 (N, 32) uint8            of the file's bytes
@@ -43,6 +44,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.errors import StoreDamaged, StoreError
+from featstore.quality import QUALITY_COLUMNS
 from featstore.spec import EmbeddingSpec
 from featstore.store.ranges import decode_ranges
 
@@ -51,7 +53,7 @@ T = TypeVar("T")
 FORMAT = "featstore"
 # Readers accept any minor version of their major version (it may add fields and columns, which
 # they pass over), and refuse other major versions.
-VERSION = (1, 1)
+VERSION = (1, 2)
 MANIFEST = "featstore.json"
 CASES = "cases"
 PART_NAME = re.compile(r"[0-9a-f]{32}(\.[a-z0-9]+)+")
@@ -62,12 +64,24 @@ COLUMNS: dict[str, str] = {
     "patch": "patch number",
     "quality": "width, height, mean colour, entropy, tissue fraction, sharpness",
     "geometry": "corners in level-0 pixels",
+    "coords": "x, y as an imported file has them",
     "source_name": "path below the patches folder",
     "source_stat": "size in bytes, modification time in ns",
     "source_sha256": "digest of the file's bytes",
 }
-OPTIONAL_COLUMNS = ("geometry",)
+OPTIONAL_COLUMNS = ("geometry", "coords")
+# Per column but `features`: dtype (None: any byte string) and the shape of a row.
+ROWS: dict[str, tuple[type | None, tuple[int, ...]]] = {
+    "patch": (np.int64, ()),
+    "quality": (np.float32, (len(QUALITY_COLUMNS),)),
+    "geometry": (np.float64, (8,)),
+    "coords": (np.float64, (2,)),
+    "source_name": (None, ()),
+    "source_stat": (np.int64, (2,)),
+    "source_sha256": (np.uint8, (32,)),
+}
 GEOMETRY_COLUMNS = ("x0", "y0", "x1", "y1", "x2", "y2", "x3", "y3")
+COORDS_COLUMNS = ("coord_x", "coord_y")
 
 
 @dataclass(frozen=True)
@@ -207,7 +221,7 @@ def decode_manifest(data: bytes, where: str) -> EmbeddingSpec:
     raise StoreDamaged(
         "the store's description is not what was written (its fingerprint does not match)",
         where=where,
-        fix="restore this file from a backup; every record names the same fingerprint",
+        fix="`featstore repair --apply` makes it anew from the parts; or restore this file from a backup",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,9 @@ SUFFIX = ".h5"
 _CHUNK_BYTES = 1 << 20
 # Checksummed object headers and compact chunk indices; readable by every HDF5 since 1.10.
 _LIBVER = ("v110", "v110")
+_SUM_BYTES = 4  # fletcher32, behind the values of a chunk
+# What HDF5 raises depends on which of its structures a damaged byte belongs to.
+_BROKEN = (KeyError, OSError, RuntimeError, ValueError)
 
 
 def encode(slices: Sequence[Slice], attributes: Mapping[str, str | int]) -> bytes:
@@ -54,81 +58,104 @@ def _write(group: Any, name: str, array: NDArray[Any]) -> None:
     group.create_dataset(name, data=array, chunks=(rows, *array.shape[1:]), fletcher32=True)
 
 
-class PartReader:
-    """Reads the slices of one open HDF5 part; use `open_part`."""
+class Column:
+    """One dataset; `featstore.store.parts.Column` says what it promises."""
 
-    def __init__(self, file: Any, path: Path) -> None:
+    def __init__(self, found: Any, path: Path, where: str) -> None:
+        self._found, self._path, self._where = found, path, where
+        with self._telling():
+            self.shape: tuple[int, ...] = found.shape
+            self.dtype: np.dtype[Any] = found.dtype
+
+    def read(self, into: NDArray[Any]) -> None:
+        """All rows, into a C-contiguous array of this shape and dtype."""
+        # Not through h5py.Dataset: for a small slice that costs as much as the reading itself.
+        with self._telling():
+            self._found.read(h5py.h5s.ALL, h5py.h5s.ALL, into)
+
+    def chunks(self) -> tuple[int, NDArray[np.int64]] | None:
+        """Rows a chunk, and the byte of the file where each chunk starts; None if not stored plainly."""
+        with self._telling():
+            plist = self._found.get_create_plist()
+            rows, *rest = plist.get_chunk()
+            if tuple(rest) != self.shape[1:]:
+                return None
+            zeros, size = (0,) * len(rest), rows * math.prod(rest) * self.dtype.itemsize + _SUM_BYTES
+            found = [
+                self._found.get_chunk_info_by_coord((first, *zeros))
+                for first in range(0, self.shape[0], rows)
+            ]
+        # A filter that was left out, or a chunk that is not there, shows in these.
+        if any(chunk.filter_mask or chunk.byte_offset is None or chunk.size != size for chunk in found):
+            return None
+        return rows, np.array([chunk.byte_offset for chunk in found], np.int64)
+
+    def read_chunk(self, number: int, into: NDArray[Any]) -> None:
+        """The rows of one chunk."""
+        with self._telling():
+            first = number * self._found.get_create_plist().get_chunk()[0]
+            space = self._found.get_space()
+            space.select_hyperslab((first, *(0 for _ in into.shape[1:])), into.shape)
+            self._found.read(h5py.h5s.create_simple(into.shape), space, into)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except _BROKEN as error:
+            raise damaged(self._path, f"{self._where} fails its checksum ({error})") from error
+
+
+class Reader:
+    """The slices of one open HDF5 part; use `open_part`."""
+
+    def __init__(self, file: Any, path: Path, size: int) -> None:
         self._file = file
         self._path = path
-        self._found: tuple[tuple[str, str] | None, Any] = (None, None)
+        self._size = size
+        self._last: tuple[tuple[str, str] | None, Any] = (None, None)
 
     def columns(self, stain: str, slice_id: str) -> list[str]:
         """The names of the columns that a slice has here."""
         group = self._group(stain, slice_id)
         try:
             return [name for name in COLUMNS if name.encode() in group]
-        except (KeyError, OSError, RuntimeError, ValueError) as error:
+        except _BROKEN as error:
             raise self._damaged(f"the columns of {stain}/{slice_id} cannot be listed ({error})") from error
 
-    def read(
-        self, stain: str, slice_id: str, name: str, rows: int, into: NDArray[Any] | None = None
-    ) -> NDArray[Any]:
-        """All rows of one column of one slice.
-
-        Args:
-            stain: Stain name.
-            slice_id: Slice id.
-            name: One of `format.COLUMNS`.
-            rows: The number of rows that the record promises.
-            into: Array of the right shape and dtype to read into.
-
-        Returns:
-            (rows, …) array; ``into`` if it was given.
+    def column(self, stain: str, slice_id: str, name: str) -> Column:
+        """One column of one slice.
 
         Raises:
-            StoreDamaged: The column is missing, has another shape, or fails its checksum.
+            StoreDamaged: It is missing, or no plain dataset of this file.
         """
+        group, key, where = self._group(stain, slice_id), name.encode(), f"{stain}/{slice_id}/{name}"
         try:
-            return self._read(stain, slice_id, name, rows, into)
-        except (KeyError, OSError, RuntimeError, ValueError) as error:
-            # What HDF5 raises depends on which of its structures a damaged byte belongs to.
-            raise self._damaged(f"{stain}/{slice_id}/{name} fails its checksum ({error})") from error
+            if key not in group:
+                raise self._damaged(f"no column {name!r} in {stain}/{slice_id}")
+            # An external link or dataset would read (and trust) a file outside the store.
+            if group.links.get_info(key).type == h5py.h5l.TYPE_HARD:
+                found = h5py.h5o.open(group, key)
+                if isinstance(found, h5py.h5d.DatasetID) and self._is_plain(found):
+                    return Column(found, self._path, where)
+        except _BROKEN as error:
+            raise self._damaged(f"{where} fails its checksum ({error})") from error
+        raise self._damaged(f"{where} is no plain dataset of this file, checksummed and not compressed")
 
-    def _read(
-        self, stain: str, slice_id: str, name: str, rows: int, into: NDArray[Any] | None
-    ) -> NDArray[Any]:
-        data = self._dataset(stain, slice_id, name)
-        expected = (rows, *data.shape[1:]) if into is None else into.shape
-        if data.shape != expected or (into is not None and data.dtype != into.dtype):
-            raise self._damaged(
-                f"{stain}/{slice_id}/{name} has the shape {data.shape} of {data.dtype}",
-                expected=f"{expected}" + ("" if into is None else f" of {into.dtype}"),
-            )
-        if into is None:
-            result: NDArray[Any] = data[()]
-            return result
-        data.read_direct(into)
-        return into
-
-    def _dataset(self, stain: str, slice_id: str, name: str) -> Any:
-        group, key = self._group(stain, slice_id), name.encode()
-        if key not in group:
-            raise self._damaged(f"no column {name!r} in {stain}/{slice_id}")
-        # An external link or dataset would read (and trust) a file outside the store.
-        if group.links.get_info(key).type == h5py.h5l.TYPE_HARD:
-            found = h5py.h5o.open(group, key)
-            if isinstance(found, h5py.h5d.DatasetID):
-                layout = found.get_create_plist().get_layout()
-                if layout == h5py.h5d.CHUNKED:
-                    return h5py.Dataset(found)
-        raise self._damaged(f"{stain}/{slice_id}/{name} is no plain dataset of this file")
+    def _is_plain(self, found: Any) -> bool:
+        """Whether it is stored as `encode` does it; so memory is taken only for what is there."""
+        plist = found.get_create_plist()
+        if plist.get_layout() != h5py.h5d.CHUNKED or plist.get_nfilters() != 1:
+            return False
+        largest = math.prod(map(max, found.shape, plist.get_chunk())) * found.dtype.itemsize
+        return largest <= self._size and bool(plist.get_filter(0)[0] == h5py.h5z.FILTER_FLETCHER32)
 
     def _group(self, stain: str, slice_id: str) -> Any:
         """The slice's group; looked up once, since that costs as much as reading a small column."""
         key = (stain, slice_id)
-        if self._found[0] != key:
-            self._found = (key, self._find(stain, slice_id))
-        return self._found[1]
+        if self._last[0] != key:
+            self._last = (key, self._find(stain, slice_id))
+        return self._last[1]
 
     def _find(self, stain: str, slice_id: str) -> Any:
         try:
@@ -139,16 +166,16 @@ class PartReader:
                 group = h5py.h5o.open(group, name)
                 if not isinstance(group, h5py.h5g.GroupID):
                     raise KeyError("it is no group")
-        except (KeyError, OSError, RuntimeError, ValueError) as error:
+        except _BROKEN as error:
             raise self._damaged(f"no readable slice {stain}/{slice_id} in this part ({error})") from error
         return group
 
-    def _damaged(self, found: str, expected: str = "") -> StoreDamaged:
-        return damaged(self._path, found, expected)
+    def _damaged(self, found: str) -> StoreDamaged:
+        return damaged(self._path, found)
 
 
 @contextmanager
-def open_part(path: Path, size: int) -> Iterator[PartReader]:
+def open_part(path: Path, size: int) -> Iterator[Reader]:
     """Open a part for reading.
 
     Args:
@@ -163,4 +190,4 @@ def open_part(path: Path, size: int) -> Iterator[PartReader]:
         # Parts never change, so HDF5's file locks (which fail on many network file systems) are not needed.
         file = h5py.File(path, "r", locking=False)
     with file:
-        yield PartReader(file, path)
+        yield Reader(file, path, size)

@@ -24,16 +24,18 @@ def component(text: str) -> str:
     reserved name could make two ids meet, a hash of the id is appended after ``~``.
 
     Args:
-        text: Any non-empty id.
+        text: Any id without a NUL, which HDF5's attributes cannot hold.
 
     Returns:
         A component of at most 97 ASCII characters; different ids give different ones.
 
     Raises:
-        StoreError: The id is empty or not valid Unicode.
+        StoreError: The id is empty, holds a NUL, or is not valid Unicode.
     """
     if not text:
         raise StoreError("an empty id", expected="a case, stain or slice id of at least one character")
+    if "\0" in text:
+        raise StoreError(f"the id {text!r} holds a NUL", fix="rename the case, stain or slice")
     try:
         raw = text.encode("utf-8")
     except UnicodeEncodeError as error:

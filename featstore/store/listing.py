@@ -69,7 +69,7 @@ def case_folders(root: Path) -> list[str]:
     """The names in the folder of cases, whatever they are; none where there is no such folder."""
     try:
         return sorted(os.listdir(root / CASES))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 
@@ -116,7 +116,7 @@ def quarantined_records(root: Path) -> dict[str, Quarantined]:
 def quarantined(root: Path) -> Iterator[tuple[datetime, Path]]:
     """Every file in quarantine: when it was moved, and its path in the store before that."""
     top = root / QUARANTINE
-    for folder, _, names in os.walk(top):
+    for folder, _, names in os.walk(top) if is_folder(top) else ():
         relative = Path(folder).relative_to(top)
         try:
             moved = datetime.strptime(relative.parts[0].partition("-")[0], STAMP).replace(tzinfo=UTC)

@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from featstore.errors import StoreDamaged, StoreError
 from featstore.spec import EmbeddingSpec
-from featstore.store.format import COLUMNS, OPTIONAL_COLUMNS, Group, Part
+from featstore.store.format import COLUMNS, OPTIONAL_COLUMNS, ROWS, Group, Part
 from featstore.store.parts import PartReader, open_part
-from featstore.store.reading import _ROWS as ROWS
 
 # Kind, what was found, what was expected.
 Problem = tuple[str, str, str]

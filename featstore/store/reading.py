@@ -12,19 +12,8 @@ from numpy.typing import NDArray
 
 from featstore.cohort.names import natural_key
 from featstore.errors import StoreDamaged
-from featstore.quality import QUALITY_COLUMNS
-from featstore.store.format import OPTIONAL_COLUMNS, Group, Part, Record
+from featstore.store.format import OPTIONAL_COLUMNS, ROWS, Group, Part, Record
 from featstore.store.parts import PartReader, damaged, open_part
-
-# Per column: dtype (None: any byte string) and the shape of a row.
-_ROWS: dict[str, tuple[type | None, tuple[int, ...]]] = {
-    "patch": (np.int64, ()),
-    "quality": (np.float32, (len(QUALITY_COLUMNS),)),
-    "geometry": (np.float64, (8,)),
-    "source_name": (None, ()),
-    "source_stat": (np.int64, (2,)),
-    "source_sha256": (np.uint8, (32,)),
-}
 
 
 @dataclass(frozen=True)
@@ -99,7 +88,26 @@ def layout(record: Record, where: str) -> Layout:
     )
 
 
-def read_features(folder: Path, case: Layout, dtype: str, dim: int) -> NDArray[Any]:
+def live_sizes(record: Record, where: str) -> dict[str, int]:
+    """How many live rows a record lists of every stain that has some; quicker than its `layout`.
+
+    Raises:
+        StoreDamaged: A patch is live twice.
+    """
+    sizes: dict[str, int] = {}
+    seen: set[tuple[str, str]] = set()
+    groups = [group for part in record.parts for group in part.groups if group.live]
+    for group in groups:
+        seen.add((group.stain, group.slice_id))
+        sizes[group.stain] = sizes.get(group.stain, 0) + len(group.patches(where))
+    if len(seen) < len(groups):
+        layout(record, where)  # a slice in several groups: only this looks for patches that they share
+    return sizes
+
+
+def read_features(
+    folder: Path, case: Layout, dtype: str, dim: int, out: NDArray[Any] | None = None
+) -> NDArray[Any]:
     """The case's embeddings in bag order.
 
     Args:
@@ -107,9 +115,11 @@ def read_features(folder: Path, case: Layout, dtype: str, dim: int) -> NDArray[A
         case: What to read.
         dtype: The store's dtype of embeddings.
         dim: The store's number of features D.
+        out: (P, D) array of ``dtype`` to read into; memory that is new to the process costs
+            as much as half of the reading.
 
     Returns:
-        (P, D) array of ``dtype``.
+        (P, D) array of ``dtype``; ``out`` if it was given.
 
     Raises:
         StoreDamaged: A part is missing or is not what the record says.
@@ -120,8 +130,9 @@ def read_features(folder: Path, case: Layout, dtype: str, dim: int) -> NDArray[A
                 folder / piece.part.name,
                 f"a part of {piece.part.size} bytes cannot hold {piece.group.rows} embeddings",
             )
-    out = np.empty((len(case.patches), dim), dtype)
-    for part, pieces in _by_part(case.pieces):
+    if out is None:
+        out = np.empty((len(case.patches), dim), dtype)
+    for part, pieces in by_part(case.pieces):
         with open_part(folder / part.name, part.size) as reader:
             for piece in pieces:
                 name = (piece.group.stain, piece.group.slice_id, "features", piece.group.rows)
@@ -130,7 +141,7 @@ def read_features(folder: Path, case: Layout, dtype: str, dim: int) -> NDArray[A
                     continue
                 block = np.empty((piece.group.rows, dim), dtype)
                 reader.read(*name, into=block)
-                out[piece.target] = block[_live_rows(reader, piece, folder)]
+                out[piece.target] = block[live_rows(reader, piece, folder)]
     return out
 
 
@@ -147,15 +158,15 @@ def read_columns(folder: Path, case: Layout, names: Sequence[str]) -> dict[str, 
     """
     blocks: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
     targets: list[NDArray[np.int64]] = []
-    for part, pieces in _by_part(case.pieces):
+    for part, pieces in by_part(case.pieces):
         with open_part(folder / part.name, part.size) as reader:
             for piece in pieces:
-                live = slice(None) if piece.span is not None else _live_rows(reader, piece, folder)
+                live = slice(None) if piece.span is not None else live_rows(reader, piece, folder)
                 for name in names:
                     blocks[name].append(_column(reader, piece, name, folder)[live])
                 targets.append(piece.target)
     if not targets:
-        return {name: np.empty((0, *_ROWS[name][1]), _ROWS[name][0] or "S1") for name in names}
+        return {name: np.empty((0, *ROWS[name][1]), ROWS[name][0] or "S1") for name in names}
     target = np.concatenate(targets)
     result = {}
     for name in names:
@@ -166,7 +177,7 @@ def read_columns(folder: Path, case: Layout, names: Sequence[str]) -> dict[str, 
 
 
 def _column(reader: PartReader, piece: Piece, name: str, folder: Path) -> NDArray[Any]:
-    group, (dtype, shape) = piece.group, _ROWS[name]
+    group, (dtype, shape) = piece.group, ROWS[name]
     if name in OPTIONAL_COLUMNS and name not in reader.columns(group.stain, group.slice_id):
         return np.full((group.rows, *shape), np.nan, dtype)
     if dtype is not None:
@@ -178,8 +189,12 @@ def _column(reader: PartReader, piece: Piece, name: str, folder: Path) -> NDArra
     return block
 
 
-def _live_rows(reader: PartReader, piece: Piece, folder: Path) -> NDArray[np.bool_]:
-    """Which of the group's rows the record lists."""
+def live_rows(reader: PartReader, piece: Piece, folder: Path) -> NDArray[np.bool_]:
+    """Which of the group's rows the record lists.
+
+    Raises:
+        StoreDamaged: The part's patch numbers cannot be read, or some that the record lists are missing.
+    """
     group = piece.group
     stored = reader.read(
         group.stain, group.slice_id, "patch", group.rows, into=np.empty(group.rows, np.int64)
@@ -194,7 +209,8 @@ def _live_rows(reader: PartReader, piece: Piece, folder: Path) -> NDArray[np.boo
     return live
 
 
-def _by_part(pieces: Sequence[Piece]) -> list[tuple[Part, list[Piece]]]:
+def by_part(pieces: Sequence[Piece]) -> list[tuple[Part, list[Piece]]]:
+    """The parts, and the pieces in each."""
     parts: dict[str, tuple[Part, list[Piece]]] = {}
     for piece in pieces:
         parts.setdefault(piece.part.name, (piece.part, []))[1].append(piece)

@@ -16,7 +16,13 @@ from featstore.store.commit import publish_next
 from featstore.store.findings import one_line
 from featstore.store.format import CASES, Group, Part, Record
 from featstore.store.ids import component
-from featstore.store.records import highest_record, newest_records, read_record, require_manifest
+from featstore.store.records import (
+    highest_record,
+    newest_records,
+    read_record,
+    require_manifest,
+    require_own_folder,
+)
 from featstore.store.verify import live_count
 
 
@@ -99,6 +105,7 @@ def rm(
     report, known = RmReport(str(path), apply), (set[str](), set[str]())
     doomed = []
     for name in names:  # all are read before any is changed: a wrong name must change nothing
+        require_own_folder(path / CASES / name)
         record = read_record(path, name, newest[name], spec)
         groups = [group for part in record.parts for group in part.groups]
         known[0].update(group.stain for group in groups)

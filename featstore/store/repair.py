@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,12 +17,13 @@ from featstore.spec import EmbeddingSpec
 from featstore.store import files
 from featstore.store.casecheck import CaseCheck, Inspector
 from featstore.store.commit import publish_next
+from featstore.store.description import Description
 from featstore.store.findings import Finding, VerifyReport, one_line
-from featstore.store.format import CASES, QUARANTINE, Part
-from featstore.store.listing import STAMP, case_folders, is_folder, quarantined_records
+from featstore.store.format import CASES, MANIFEST, QUARANTINE, Part, encode_manifest
+from featstore.store.listing import STAMP, case_folders, is_folder, quarantined_records, read_plain
 from featstore.store.partcheck import UNREADABLE
 from featstore.store.ranges import encode_ranges
-from featstore.store.records import require_manifest
+from featstore.store.records import require_own_folder
 from featstore.store.verify import check_root, live_count
 
 _SHOWN = 50
@@ -44,6 +46,21 @@ class Repair:
     why: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Rebuilt:
+    """What is done to the store's description.
+
+    Attributes:
+        moved: Paths in the store that go to quarantine: the damaged file, if there is one.
+        parts: How many parts hold what it is made anew from; 0 where the file itself still tells it.
+        why: The finding behind it.
+    """
+
+    moved: tuple[str, ...]
+    parts: int
+    why: str
+
+
 @dataclass
 class RepairReport:
     """What was done, or would be; ``left`` is damage that only a person can mend."""
@@ -51,18 +68,21 @@ class RepairReport:
     path: str
     applied: bool
     quarantine: str | None = None
+    description: Rebuilt | None = None
     repairs: list[Repair] = field(default_factory=list)
     left: list[Finding] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
         """1 if damage is still there."""
-        return 1 if self.left or (self.repairs and not self.applied) else 0
+        planned = self.repairs or self.description is not None
+        return 1 if self.left or (planned and not self.applied) else 0
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON types."""
         return {
             **self.__dict__,
+            "description": None if self.description is None else asdict(self.description),
             "repairs": [asdict(repair) for repair in self.repairs],
             "left": [finding.to_text() for finding in self.left],
         }
@@ -70,9 +90,17 @@ class RepairReport:
     def to_text(self) -> str:
         """A few lines for a person; at most fifty cases."""
         lines = []
-        if not self.repairs:
-            lines.append(f"{one_line(self.path)}: there is nothing to repair")
-        else:
+        if self.description is not None:
+            verb = "was" if self.applied else "would be"
+            source = f" from {self.description.parts:,} parts" if self.description.parts else ""
+            lines.append(f"{one_line(self.path)}: {MANIFEST} {verb} made anew{source}")
+            lines.append(f"    {self.description.why}")
+            if not self.applied:
+                lines.append("  to do: featstore repair --apply")
+        elif not self.repairs:
+            nothing = "there is nothing to repair" if not self.left else "nothing that repair can mend"
+            lines.append(f"{one_line(self.path)}: {nothing}")
+        if self.repairs:
             files_moved = sum(len(repair.moved) for repair in self.repairs)
             dropped = sum(repair.dropped or 0 for repair in self.repairs)
             verb = "repaired" if self.applied else "would be repaired (nothing is changed yet)"
@@ -115,6 +143,9 @@ def repair(
     * A newest record that is older than one in quarantine (someone has deleted what `repair` wrote):
       the same.
     * Damaged older records are moved; no reader needs them.
+    * A description (`featstore.json`) that is missing or damaged is made anew, exactly when all newest
+      records agree in one fingerprint and a part holds the spec of this fingerprint; see `description`.
+      Otherwise nothing is changed at all, since nothing else can be judged without it.
 
     The next record comes before the move: killed in between, the store is whole, and the damaged file
     is litter for the next repair (a record) or `gc` (a part). Commits are made as every writer makes
@@ -127,16 +158,20 @@ def repair(
         observe: Told how many cases are done, and of how many.
 
     Raises:
-        StoreError: There is no store at this path.
-        StoreDamaged: Its description is damaged; nothing else can be judged without it.
+        StoreError: There is no store at this path, or its description may not be read.
+        StoreDamaged: A link stands in for the quarantine folder.
     """
-    spec = require_manifest(path)
     looked = VerifyReport(str(path), level)
-    check_root(path, looked)
+    description = check_root(path, looked)
     report = RepairReport(str(path), apply, left=looked.damage)
+    if description.spec is None:
+        return report
     # Milliseconds, as in the records, whose times are compared with it.
     stamp = datetime.now(UTC).strftime(STAMP)[:-3]
-    mender = _Mender(path, spec, level, apply, path / QUARANTINE / f"{stamp}-{uuid.uuid4().hex[:12]}")
+    quarantine = path / QUARANTINE / f"{stamp}-{uuid.uuid4().hex[:12]}"
+    mender = _Mender(path, description.spec, level, apply, quarantine)
+    if description.kind:
+        mender.rebuild(description, report)
     names = case_folders(path) if is_folder(path / CASES) else []
     for done, name in enumerate(names):
         observe(done, len(names))
@@ -186,10 +221,24 @@ class _Mender:
             report.left += left
             return
 
+    def rebuild(self, description: Description, report: RepairReport) -> None:
+        """Make the store's description anew; what stands in its place goes to quarantine."""
+        (finding,) = [found for found in report.left if found.file == MANIFEST]
+        report.left.remove(finding)
+        file, data = self._root / MANIFEST, encode_manifest(self._spec)
+        with suppress(OSError):
+            if read_plain(file) == data:
+                return  # another repair has come first
+        moved = (MANIFEST,) if os.path.lexists(file) and (not self._apply or self._move(MANIFEST)) else ()
+        if self._apply:
+            files.publish(file, data)  # if the name is taken now, then with the same bytes
+        report.description = Rebuilt(moved, description.parts, finding.to_text())
+
     def _move(self, relative: str) -> bool:
         source, target = self._root / relative, self.quarantine / relative
         if not os.path.lexists(source):
             return False
+        require_own_folder(self.quarantine)
         files.make_folder(target.parent)
         try:
             os.rename(source, target)

@@ -9,22 +9,33 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from featstore.bags import Bag
 from featstore.cohort.names import natural_key
 from featstore.errors import StoreDamaged, StoreError
 from featstore.quality import QUALITY_COLUMNS
 from featstore.spec import EmbeddingSpec
-from featstore.store.format import CASES, GEOMETRY_COLUMNS, Record
+from featstore.store.format import CASES, COORDS_COLUMNS, GEOMETRY_COLUMNS, OPTIONAL_COLUMNS, Record
 from featstore.store.ids import component
-from featstore.store.reading import Layout, layout, read_columns, read_features
+from featstore.store.mapped import MappedRows, Recent
+from featstore.store.reading import Layout, layout, live_sizes, read_columns, read_features
 from featstore.store.records import newest_records, read_record, require_manifest
+
+# A record has a few kB; of a store of 100,000 cases not all are kept.
+_RECORDS, _LAYOUTS = 20_000, 2_000
+
+
+class _Listed(NamedTuple):
+    """All cases in natural order: their first rows in `Store.table`, their sizes; and all stains."""
+
+    starts: dict[str, int]
+    sizes: dict[str, int]
+    stain_ids: dict[str, int]
 
 
 class Store:
@@ -42,8 +53,9 @@ class Store:
         self.path = path
         self.spec = spec
         self._newest = newest
-        self._records: dict[str, Record] = {}
-        self._layouts: dict[str, Layout] = {}
+        self._records: Recent[str, Record] = Recent(_RECORDS)
+        self._layouts: Recent[str, Layout] = Recent(_LAYOUTS)
+        self._mapped = MappedRows(spec.stored_dtype, spec.dim)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Store:
@@ -59,12 +71,11 @@ class Store:
 
     def cases(self) -> list[str]:
         """The ids of all cases that have live embeddings, in natural order."""
-        return list(self._starts)
+        return list(self._listed.starts)
 
     def stains(self) -> list[str]:
         """The names of all stains in the store, in natural order."""
-        names = {stain for case in self.cases() for stain in self.layout(case).stains}
-        return sorted(names, key=natural_key)
+        return list(self._listed.stain_ids)
 
     def bag(self, case_id: str) -> Bag:
         """One case's embeddings, in the patch table's order.
@@ -73,9 +84,57 @@ class Store:
             StoreError: The store has no such case.
             StoreDamaged: A part is missing or is not what was written.
         """
-        outline = self.outline(case_id)
-        case, folder = self.layout(case_id), self.folder(case_id)
-        return replace(outline, features=read_features(folder, case, self.spec.stored_dtype, self.spec.dim))
+        return replace(self.outline(case_id), features=self.features(case_id))
+
+    def features(self, case_id: str, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """One case's embeddings alone, in the order of its bag.
+
+        Args:
+            case_id: The case.
+            out: (P, D) array of the store's dtype to read into: memory that is used again is faster.
+
+        Returns:
+            (P, D) float16 or float32; ``out`` if it was given.
+
+        Raises:
+            StoreError: The store has no such case.
+            StoreDamaged: A part is missing or is not what was written.
+        """
+        case, spec = self._live(case_id), self.spec
+        shape, dtype = (len(case.patches), spec.dim), np.dtype(spec.stored_dtype)
+        if out is not None and (out.shape != shape or out.dtype != dtype):
+            raise ValueError(f"an array of {out.shape} {out.dtype} for embeddings of {shape} {dtype}")
+        return read_features(self.folder(case_id), case, spec.stored_dtype, spec.dim, out)
+
+    def take(self, case_id: str, index: ArrayLike) -> NDArray[Any]:
+        """Some of a case's embeddings: ``bag(case_id).features[index]``, without reading the others.
+
+        The first rows that are taken from a stretch of a part (about 1 MiB) read all of it and check
+        it, once in a process. Safe in threads, in processes that were forked, and after pickling.
+
+        Args:
+            case_id: The case.
+            index: (n,) integers, positions in the bag in any order; negative ones count from its end.
+
+        Returns:
+            (n, D) float16 or float32.
+
+        Raises:
+            IndexError: A position is not in the bag.
+            StoreError: The store has no such case.
+            StoreDamaged: A part that they lie in is missing or is not what was written.
+        """
+        if case_id not in self._listed.sizes:
+            self._live(case_id)  # raises for a case the store never had
+        size, wanted = self._listed.sizes[case_id], np.asarray(index)
+        if wanted.ndim != 1 or (wanted.dtype.kind not in "iu" and len(wanted)):
+            raise IndexError(f"{wanted.dtype} of shape {wanted.shape} for a row of positions")
+        if len(wanted) and not (-size <= wanted.min() and wanted.max() < size):
+            raise IndexError(f"positions {wanted.min()} to {wanted.max()} of {size} patches")
+        wanted = np.where(wanted < 0, wanted + size, wanted).astype(np.int64)
+        folder = self.folder(case_id)
+        rows = self._mapped.take(folder, case_id, lambda: self.layout(case_id), wanted)
+        return self.features(case_id)[wanted] if rows is None else rows
 
     def outline(self, case_id: str) -> Bag:
         """A case's bag without its embeddings: ``features`` is (P, 0). Reads no part.
@@ -83,11 +142,8 @@ class Store:
         Raises:
             StoreError: The store has no such case.
         """
-        case = self.layout(case_id)
-        if not len(case.patches):
-            raise self._no_case(case_id)
-        start = self._starts[case_id]
-        stain_ids = {name: i for i, name in enumerate(self._stain_names)}
+        case, listed = self._live(case_id), self._listed
+        start = listed.starts[case_id]
         return Bag(
             case_id=case_id,
             features=np.empty((len(case.patches), 0), self.spec.stored_dtype),
@@ -97,7 +153,7 @@ class Store:
             slice_sizes=case.slice_sizes,
             stains=case.stains,
             stain_sizes=case.stain_sizes,
-            stain_ids=np.array([stain_ids[name] for name in case.stains], np.int64),
+            stain_ids=np.array([listed.stain_ids[name] for name in case.stains], np.int64),
         )
 
     def table(self, case_id: str | None = None) -> pd.DataFrame:
@@ -111,12 +167,14 @@ class Store:
 
         Returns:
             ``case_id, stain, slice_id, patch, path`` (below the patches folder),
-            the columns of `quality.QUALITY_COLUMNS`, and ``x0 … y3`` where known.
+            the columns of `quality.QUALITY_COLUMNS`, and where known ``x0 … y3`` (level-0 pixels) and
+            ``coord_x, coord_y`` (as an imported file has them).
         """
-        columns = ["source_name", "quality", "geometry"]
-        frame = self._frame(case_id, columns, lambda arrays: _quality_and_geometry(arrays))
-        known = frame[list(GEOMETRY_COLUMNS)].notna().any().any()
-        return frame if known else frame.drop(columns=list(GEOMETRY_COLUMNS))
+        frame = self._frame(case_id, ["source_name", "quality", *OPTIONAL_COLUMNS], _described)
+        for columns in (GEOMETRY_COLUMNS, COORDS_COLUMNS):
+            if not frame[list(columns)].notna().any().any():
+                frame = frame.drop(columns=list(columns))
+        return frame
 
     def sources(self, case_id: str | None = None) -> pd.DataFrame:
         """One row a live patch, with its file as it was read.
@@ -135,8 +193,9 @@ class Store:
             StoreError: The store has no such case.
             StoreDamaged: The record is not what was written.
         """
-        if case_id in self._records:
-            return self._records[case_id]
+        return self._records.get(case_id, lambda: self._find(case_id))
+
+    def _find(self, case_id: str) -> Record:
         name = component(case_id)
         if name not in self._newest:
             raise self._no_case(case_id)
@@ -167,43 +226,46 @@ class Store:
 
     def layout(self, case_id: str) -> Layout:
         """Where a case's live rows lie, in bag order."""
-        if case_id not in self._layouts:
-            record = self.record(case_id)
-            self._layouts[case_id] = layout(record, str(self.folder(case_id) / record.name))
-        return self._layouts[case_id]
+        return self._layouts.get(case_id, lambda: self._layout(case_id))
+
+    def _layout(self, case_id: str) -> Layout:
+        record = self.record(case_id)
+        return layout(record, str(self.folder(case_id) / record.name))
+
+    def _live(self, case_id: str) -> Layout:
+        """The layout of a case that has embeddings."""
+        case = self.layout(case_id)
+        if not len(case.patches):
+            raise self._no_case(case_id)
+        return case
 
     def folder(self, case_id: str) -> Path:
         """The folder of a case's records and parts."""
         return self.path / CASES / component(case_id)
 
     @cached_property
-    def _starts(self) -> dict[str, int]:
-        """The first row of every case in `table`, in natural order of the cases."""
-        ids = (self._id(name) for name in self._newest)
+    def _listed(self) -> _Listed:
+        """What has to be known of all cases; every record is read, and few are kept."""
+        sizes: dict[str, int] = {}
+        stains: set[str] = set()
+        for name in self._newest:
+            record = self._read(name)
+            live = live_sizes(record, f"{self.path}/{CASES}/{name}/{record.name}")
+            if live:
+                sizes[record.case_id] = sum(live.values())
+                stains.update(live)
         starts, row = {}, 0
-        for case_id in sorted(ids, key=natural_key):
-            size = len(self.layout(case_id).patches)
-            if size:
-                starts[case_id] = row
-                row += size
-        return starts
-
-    @cached_property
-    def _stain_names(self) -> list[str]:
-        return self.stains()
-
-    def _id(self, name: str) -> str:
-        """The case id behind a folder name: in the name if it is invertible, else in the record."""
-        plain = unquote(name)
-        return plain if "~" not in name and component(plain) == name else self._read(name).case_id
+        for case_id in sorted(sizes, key=natural_key):
+            starts[case_id] = row
+            row += sizes[case_id]
+        return _Listed(starts, sizes, {name: i for i, name in enumerate(sorted(stains, key=natural_key))})
 
     def _read(self, name: str) -> Record:
         record = read_record(self.path, name, self._newest[name], self.spec)
-        self._records[record.case_id] = record
-        return record
+        return self._records.put(record.case_id, record)
 
     def _frame(self, case_id: str | None, columns: list[str], unpack: Any) -> pd.DataFrame:
-        starts = self._starts
+        starts = self._listed.starts
         if case_id is not None and case_id not in starts:
             self.record(case_id)  # raises for a case the store never had
         cases = list(starts) if case_id is None else [case_id]
@@ -232,9 +294,9 @@ class Store:
 _NOTHING = layout(Record("", 0, "", "", "", ()), "")
 
 
-def _quality_and_geometry(arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    quality = {name: arrays["quality"][:, i] for i, name in enumerate(QUALITY_COLUMNS)}
-    return {**quality, **{name: arrays["geometry"][:, i] for i, name in enumerate(GEOMETRY_COLUMNS)}}
+def _described(arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    names = {"quality": QUALITY_COLUMNS, "geometry": GEOMETRY_COLUMNS, "coords": COORDS_COLUMNS}
+    return {name: arrays[column][:, i] for column, kept in names.items() for i, name in enumerate(kept)}
 
 
 def _file_states(arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:

@@ -155,6 +155,10 @@ class StoredZip:
             raise ValueError(f"{name} fails its checksum")
         return contents.tobytes()
 
+    def start(self, name: str) -> int:
+        """The byte of the file where the contents of an entry start."""
+        return self.entries[name].offset + _LOCAL.size + len(name)  # names are ASCII
+
     def read_into(self, name: str, buffers: Sequence[Bytes]) -> None:
         """Fill buffers with the contents of an entry, which are *not* held against their CRC-32.
 

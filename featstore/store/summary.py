@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from featstore.spec import IMPORTED
 from featstore.store.format import CASES
 from featstore.store.store import Store
 from featstore.store.verify import verify
@@ -58,10 +59,9 @@ class StoreSummary:
         spec = self.spec
         lines = [
             f"{self.path}: {self.patches:,} patches of {self.cases:,} cases in {self.slices:,} slices",
-            f"  backbone     {spec['backbone']}, {spec['dim']} features as {spec['stored_dtype']}, "
-            f"computed in {spec['compute_dtype']}",
+            f"  backbone     {_backbone(spec)}",
             f"  input        {_input(spec)}",
-            f"  fingerprint  {self.fingerprint} (weights {spec['weights_sha256'][:12]}…)",
+            f"  fingerprint  {self.fingerprint}{_weights(spec)}",
             f"  on disk      {_bytes(self.bytes_live)} in {self.parts:,} parts, {self.commits:,} commits"
             + (f"; {_bytes(self.bytes_dead)} that nothing names any more" if self.bytes_dead else ""),
         ]
@@ -126,7 +126,22 @@ def summarize(store: Store) -> StoreSummary:
     )
 
 
+def _backbone(spec: dict[str, Any]) -> str:
+    stored = f"{spec['backbone']}, {spec['dim']} features as {spec['stored_dtype']}"
+    return stored if _is_imported(spec) else f"{stored}, computed in {spec['compute_dtype']}"
+
+
+def _weights(spec: dict[str, Any]) -> str:
+    return "" if _is_imported(spec) else f" (weights {spec['weights_sha256'][:12]}…)"
+
+
+def _is_imported(spec: dict[str, Any]) -> bool:
+    return bool(spec["backbone"].startswith(IMPORTED))
+
+
 def _input(spec: dict[str, Any]) -> str:
+    if _is_imported(spec):
+        return "not known: another tool made the embeddings"
     size = (
         f"whole patch resized to {spec['resize']} px"
         if spec["crop"] is None

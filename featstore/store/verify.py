@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from featstore.errors import ConfigError, StoreDamaged, StoreError
-from featstore.spec import EmbeddingSpec
+from featstore.errors import ConfigError
 from featstore.store.casecheck import CaseCheck, Inspector
+from featstore.store.description import Description, look_at_description
 from featstore.store.findings import LEVELS, Finding, VerifyReport
 from featstore.store.format import CASES, MANIFEST, QUARANTINE
 from featstore.store.listing import (
@@ -20,7 +20,6 @@ from featstore.store.listing import (
     quarantined,
     quarantined_records,
 )
-from featstore.store.records import read_manifest
 
 
 def verify(
@@ -50,8 +49,8 @@ def verify(
         raise ConfigError(f"there is no level {level!r}", expected=" | ".join(LEVELS), where="verify")
     share = parse_subset(subset)
     report, started = VerifyReport(str(path), level, subset), time.monotonic()
-    spec = check_root(path, report)
-    inspector = Inspector(path, spec, level, quarantined_records(path))
+    description = check_root(path, report)
+    inspector = Inspector(path, description.spec, level, quarantined_records(path))
     names = [name for name in case_folders(path) if in_subset(name, share)] if _cases_are_here(path) else []
     for done, name in enumerate(names):
         observe(done, len(names))
@@ -90,43 +89,36 @@ def _cases_are_here(path: Path) -> bool:
     return is_folder(path / CASES)
 
 
-def check_root(path: Path, report: VerifyReport) -> EmbeddingSpec | None:
-    """The store's spec, and what lies in its top folder; None where its description is damaged."""
+def check_root(path: Path, report: VerifyReport) -> Description:
+    """The store's description, and what lies in its top folder.
+
+    Raises:
+        StoreError: As `description.look_at_description`.
+    """
 
     def add(file: str, kind: str, found: str, expected: str = "", damage: bool = True) -> None:
         report.findings.append(Finding("", file, kind, found, expected, damage))
 
-    spec = None
-    manifest = path / MANIFEST
-    if manifest.is_symlink():
-        add(MANIFEST, "link", "a link stands in for the store's description", "the file itself")
-    else:
-        try:
-            spec = read_manifest(path)
-        except StoreDamaged as error:
-            add(MANIFEST, "manifest-damaged", error.found, "the same file from a backup")
-        if spec is None and not report.findings:
-            if not is_folder(path / CASES) or not case_folders(path):
-                raise StoreError(
-                    "there is no embedding store here",
-                    expected=f"a folder with {MANIFEST} in it",
-                    where=str(path.absolute()),
-                    fix="name another with --store-path FOLDER",
-                )
-            add(MANIFEST, "manifest-missing", "the store's description is gone", "the file from a backup")
+    description = look_at_description(path)
+    if description.kind:
+        source = f" from {description.parts:,} parts" if description.parts else ""
+        expected = f"`featstore repair --apply` makes it anew{source}"
+        if description.obstacle:
+            expected = f"the file from a backup; it cannot be made anew, since {description.obstacle}"
+        add(MANIFEST, description.kind, description.found, expected)
     if not is_folder(path / CASES):
         add(
             CASES, "link" if (path / CASES).is_symlink() else "cases-missing", "no folder of its own", "one"
         )
     for entry in sorted(path.iterdir()):
-        if entry.name in (MANIFEST, CASES, QUARANTINE):
+        if entry.name in (MANIFEST, CASES) or (entry.name == QUARANTINE and is_folder(entry)):
             continue
         kind = "temporary" if is_temporary(entry.name) else "foreign"
         add(entry.name, "link" if entry.is_symlink() else kind, "no file of a store", damage=False)
     kept = sum(1 for _ in quarantined(path))
     if kept:
         add(QUARANTINE, "quarantine", f"{kept:,} damaged files lie here", damage=False)
-    return spec
+    return description
 
 
 def _count(report: VerifyReport, found: CaseCheck) -> None:

@@ -37,7 +37,7 @@ from featstore.store.format import (
 from featstore.store.ids import component
 from featstore.store.parts import encode as encode_part
 from featstore.store.ranges import encode_ranges
-from featstore.store.records import highest_record, read_manifest, read_record
+from featstore.store.records import highest_record, read_manifest, read_record, require_own_folder
 from featstore.store.store import Store
 
 Patches = Mapping[tuple[str, str], NDArray[np.int64]]
@@ -92,6 +92,7 @@ class StoreWriter:
                 last fsync failed: then it may have.
         """
         folder = self.path / CASES / component(case_id)
+        require_own_folder(folder)
         files.make_folder(folder)
         part = self._write_part(case_id, folder, slices)
         while True:
@@ -115,6 +116,7 @@ class StoreWriter:
             How many rows are gone.
         """
         folder = self.path / CASES / component(case_id)
+        require_own_folder(folder)
         while (current := self._current(folder)) is not None:
             rows = self._sources(current)
             patches: dict[tuple[str, str], list[int]] = {}
@@ -271,6 +273,12 @@ def check_writable(path: Path, spec: EmbeddingSpec) -> None:
         )
     if found is None and path.is_dir():
         strangers = _strangers(path)
+        if CASES in strangers and read_manifest(path) is None:
+            raise StoreError(
+                f"the store's description {MANIFEST} is missing, its cases are there",
+                where=str(path),
+                fix="`featstore repair --apply` makes it anew from the parts",
+            )
         if strangers and read_manifest(path) is None:  # else another writer has just made the store
             raise StoreError(
                 f"the folder holds other things than a store ({', '.join(sorted(strangers)[:5])})",

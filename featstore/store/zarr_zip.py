@@ -19,7 +19,6 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.errors import StoreDamaged
 from featstore.quality import QUALITY_COLUMNS
 from featstore.store.damage import damaged, opening
 from featstore.store.format import COLUMNS, Slice
@@ -180,8 +179,56 @@ def _slice_name(stain: str, slice_id: str) -> str:
     return f"{_node(stain)}/{_node(slice_id)}"
 
 
-class PartReader:
-    """Reads the slices of one open Zarr part; use `open_part`."""
+class Column:
+    """One array; `featstore.store.parts.Column` says what it promises."""
+
+    def __init__(self, archive: StoredZip, key: str, path: Path, where: str) -> None:
+        self._archive, self._path, self._where = archive, path, where
+        with self._telling():
+            self._array = _Array.from_json(archive.read(f"{key}/zarr.json"))
+            self._chunks: list[str] = []
+            # To Zarr a missing chunk is one of fill values. And memory is taken only for what is there.
+            for chunk in self._array.chunk_names(key):
+                if archive.entries[chunk].size != self._array.chunk_bytes + _CRC_BYTES:
+                    raise ValueError(f"{chunk} has another size than its metadata say")
+                self._chunks.append(chunk)
+        self.shape, self.dtype = self._array.as_numpy()
+
+    def read(self, into: NDArray[Any]) -> None:
+        """All rows, into a C-contiguous array of this shape and dtype."""
+        rows = self._array.chunk_rows
+        for number in range(len(self._chunks)):
+            self.read_chunk(number, into[number * rows : (number + 1) * rows])
+
+    def chunks(self) -> tuple[int, NDArray[np.int64]]:
+        """Rows a chunk, and the byte of the file where each chunk starts."""
+        starts = [self._archive.start(chunk) for chunk in self._chunks]
+        return self._array.chunk_rows, np.array(starts, np.int64)
+
+    def read_chunk(self, number: int, into: NDArray[Any]) -> None:
+        """The rows of one chunk, held against its CRC-32C."""
+        chunk, rows = self._chunks[number], into.reshape(-1).view(np.uint8)
+        padding, crc = (
+            np.empty(self._array.chunk_bytes - len(rows), np.uint8),
+            np.empty(_CRC_BYTES, np.uint8),
+        )
+        with self._telling():
+            self._archive.read_into(chunk, [rows, padding, crc])
+            if _crc([rows, padding]) != crc.tobytes():
+                raise ValueError(f"{chunk} fails its checksum")
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except KeyError as error:
+            raise damaged(self._path, f"{self._where} lacks a chunk ({error})") from error
+        except (OSError, ValueError) as error:
+            raise damaged(self._path, f"{self._where} is not what was written: {error}") from error
+
+
+class Reader:
+    """The slices of one open Zarr part; use `open_part`."""
 
     def __init__(self, archive: StoredZip, path: Path) -> None:
         self._archive = archive
@@ -192,85 +239,26 @@ class PartReader:
         name = self._slice(stain, slice_id)
         return [column for column in COLUMNS if f"{name}/{column}/zarr.json" in self._archive.entries]
 
-    def read(
-        self, stain: str, slice_id: str, name: str, rows: int, into: NDArray[Any] | None = None
-    ) -> NDArray[Any]:
-        """All rows of one column of one slice.
-
-        Args:
-            stain: Stain name.
-            slice_id: Slice id.
-            name: One of `format.COLUMNS`.
-            rows: The number of rows that the record promises.
-            into: Array of the right shape and dtype to read into.
-
-        Returns:
-            (rows, …) array; ``into`` if it was given.
+    def column(self, stain: str, slice_id: str, name: str) -> Column:
+        """One column of one slice.
 
         Raises:
-            StoreDamaged: The column or a chunk of it is missing, has another shape, or fails its
-                checksum.
+            StoreDamaged: It is missing or lacks a chunk, or its metadata are not those of `encode`.
         """
         key = f"{self._slice(stain, slice_id)}/{name}"
         if f"{key}/zarr.json" not in self._archive.entries:
-            raise self._damaged(f"no column {name!r} in {stain}/{slice_id}")
-        try:
-            array = self._array(key)
-            shape, dtype = array.as_numpy()
-            expected = (rows, *shape[1:]) if into is None else into.shape
-            if shape != expected or (into is not None and dtype != into.dtype):
-                raise self._damaged(
-                    f"{stain}/{slice_id}/{name} has the shape {shape} of {dtype}",
-                    expected=f"{expected}" + ("" if into is None else f" of {into.dtype}"),
-                )
-            if into is not None and into.flags.c_contiguous:
-                self._fill(key, array, into)
-                return into
-            result: NDArray[Any] = np.empty(shape, dtype)
-            self._fill(key, array, result)
-        except KeyError as error:
-            raise self._damaged(f"{stain}/{slice_id}/{name} lacks a chunk ({error})") from error
-        except (OSError, ValueError) as error:
-            raise self._damaged(f"{stain}/{slice_id}/{name} is not what was written: {error}") from error
-        if into is None:
-            return result
-        into[...] = result
-        return into
-
-    def _array(self, key: str) -> _Array:
-        """An array's metadata, when all its chunks are there and as large as they must be.
-
-        To Zarr a missing chunk is one of fill values. And memory is taken only for what is there.
-        """
-        array = _Array.from_json(self._archive.read(f"{key}/zarr.json"))
-        for chunk in array.chunk_names(key):
-            if self._archive.entries[chunk].size != array.chunk_bytes + _CRC_BYTES:
-                raise ValueError(f"{chunk} has another size than its metadata say")
-        return array
-
-    def _fill(self, key: str, array: _Array, into: NDArray[Any]) -> None:
-        """Read an array's chunks into a C-contiguous one, and hold each against its CRC-32C."""
-        flat, size = into.reshape(-1).view(np.uint8), array.chunk_bytes
-        crc = np.empty(_CRC_BYTES, np.uint8)
-        for i, chunk in enumerate(array.chunk_names(key)):
-            rows = flat[i * size : (i + 1) * size]
-            padding = np.empty(size - len(rows), np.uint8)
-            self._archive.read_into(chunk, [rows, padding, crc])
-            if _crc([rows, padding]) != crc.tobytes():
-                raise ValueError(f"{chunk} fails its checksum")
+            raise damaged(self._path, f"no column {name!r} in {stain}/{slice_id}")
+        return Column(self._archive, key, self._path, f"{stain}/{slice_id}/{name}")
 
     def _slice(self, stain: str, slice_id: str) -> str:
         name = _slice_name(stain, slice_id)
         if f"{name}/zarr.json" not in self._archive.entries:
-            raise self._damaged(f"no readable slice {stain}/{slice_id} in this part")
+            raise damaged(self._path, f"no readable slice {stain}/{slice_id} in this part")
         return name
-
-    def _damaged(self, found: str, expected: str = "") -> StoreDamaged:
-        return damaged(self._path, found, expected)
 
 
 @contextmanager
-def open_part(path: Path, size: int) -> Iterator[PartReader]:
+def open_part(path: Path, size: int) -> Iterator[Reader]:
     """Open a part for reading.
 
     Args:
@@ -286,4 +274,4 @@ def open_part(path: Path, size: int) -> Iterator[PartReader]:
             handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, handle)
             archive = StoredZip(handle, size)
-        yield PartReader(archive, path)
+        yield Reader(archive, path)

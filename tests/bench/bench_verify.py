@@ -1,13 +1,14 @@
 """Seconds and peak memory of `verify --quick` on N cases: `python tests/bench/bench_verify.py [N]`.
 
 The records are written directly and without fsync, five slices of three stains a case in two parts of
-a few bytes: a quick look opens no part. Read with a warm cache, as the files have just been written.
+nothing but a hole: a quick look opens no part. Read with a warm cache, as the files have just been written.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import resource
 import shutil
 import sys
@@ -20,6 +21,7 @@ from featstore.store.format import CASES, MANIFEST, Group, Part, Record, encode_
 from featstore.store.ids import component
 from featstore.store.verify import verify
 
+PART_BYTES = 10 * 500 * 1024 * 2 + 50_000
 SPEC = {
     "backbone": "test",
     "weights_sha256": "0" * 64,
@@ -52,9 +54,10 @@ def make_store(root: Path, count: int) -> None:
         parts = []
         for half, stains in enumerate((("h&e", "melan"), ("sox10",))):
             name = hashlib.md5(f"{n} {half}".encode()).hexdigest() + ".h5"
-            (folder / name).write_bytes(b"x")
+            (folder / name).touch()
+            os.truncate(folder / name, PART_BYTES)
             groups = tuple(Group(s, f"match_{i}", 500, "0-499") for s in stains for i in range(1, 6))
-            parts.append(Part(name, 1, hashlib.sha256(b"x").hexdigest(), groups))
+            parts.append(Part(name, PART_BYTES, hashlib.sha256(b"x").hexdigest(), groups))
         record = Record(case, 1, spec.fingerprint, "2026-01-01T00:00:00.000+00:00", "b:1", tuple(parts))
         (folder / record.name).write_bytes(encode_record(record))
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,17 +47,28 @@ def make_project(folder: Path, **cohort: Any) -> Path:
 
 
 class Zygote:
-    """Runs extractions in forked children; see `zygote.py`."""
+    """Runs extractions in forked children; see `zygote.py`.
 
-    def __init__(self) -> None:
+    Args:
+        prefix: What starts its command line, where another command is to start it.
+    """
+
+    def __init__(self, *prefix: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.extraction.zygote"],
+            [*prefix, sys.executable, "-m", "tests.extraction.zygote"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=helpers.ROOT,
         )
-        assert self._line() == "ready"
+        if self._line() != "ready":
+            self.close()
+            raise OSError("the process that forks did not start")
+
+    @property
+    def root(self) -> Path:
+        """The root folder as this process sees it, with what is mounted there."""
+        return Path(f"/proc/{self._process.pid}/root")
 
     def _line(self) -> str:
         assert self._process.stdout is not None
@@ -89,3 +103,52 @@ def zygote() -> Iterator[Zygote]:
     process = Zygote()
     yield process
     process.close()
+
+
+class SmallDisk:
+    """A file system of two megabytes, and what fills it.
+
+    Attributes:
+        path: Its folder, for a job of ``zygote``.
+        here: The same folder, for this process.
+        zygote: Sees it.
+    """
+
+    def __init__(self, path: Path, here: Path, zygote: Zygote) -> None:
+        self.path, self.here, self.zygote = path, here, zygote
+
+    def fill(self, blocks: int, files: int) -> None:
+        """Leave this many free blocks of 4 KiB, and room for this many new names."""
+        found = os.statvfs(self.here)
+        assert found.f_bsize == 4096
+        (self.here / "ballast").write_bytes(bytes(4096 * (found.f_bavail - blocks)))
+        for i in range(os.statvfs(self.here).f_favail - files):
+            (self.here / f"ballast{i}").touch()
+
+    def make_space(self) -> None:
+        """Undo `fill`."""
+        for ballast in self.here.glob("ballast*"):
+            ballast.unlink()
+
+
+@pytest.fixture
+def small_disk(zygote: Zygote, tmp_path: Path) -> Iterator[SmallDisk]:
+    """A disk that can really be full; the test skips where nothing may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ("mount", "-t", "tmpfs", "-o", "size=2m,nr_inodes=200", "tmpfs", str(folder))
+    if shutil.which("mount") and subprocess.run(mount, capture_output=True).returncode == 0:
+        try:
+            yield SmallDisk(folder, folder, zygote)
+        finally:
+            subprocess.run(["umount", str(folder)], check=True)
+        return
+    # Without the rights of root: in a mount namespace of its own, which ends with its process.
+    try:
+        inside = Zygote("unshare", "-rm", "sh", "-c", f'{shlex.join(mount)} 1>&2 && exec "$@"', "sh")
+    except OSError as error:
+        pytest.skip(f"no file system may be mounted here, with mount or with unshare -rm: {error}")
+    try:
+        yield SmallDisk(folder, inside.root / folder.relative_to("/"), inside)
+    finally:
+        inside.close()

@@ -1,18 +1,27 @@
-"""Extraction that is killed anywhere: what is committed is right, everything else is absent."""
+"""Extraction that is killed, told to stop or fails to write, anywhere.
+
+What is committed is right, everything else is absent, and the same command goes on from there.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
-from featstore.errors import StoreError
-from tests.extraction.conftest import Contents, Zygote, contents, make_project
+from featstore.store.records import read_manifest
+from featstore.store.verify import verify
+from tests.extraction.conftest import Contents, SmallDisk, Zygote, contents, make_project
+from tests.extraction.zygote import fatal_step, is_given_up
 
 CASES, PER_CASE = 4, 24
+both_formats = pytest.mark.parametrize("file_format", ["hdf5", "zarr"])
 
 
 @pytest.fixture(scope="module")
@@ -29,33 +38,41 @@ def reference(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return project, contents(project / "store"), seconds
 
 
-def clone(project: Path, folder: Path, file_format: str = "hdf5") -> Path:
+def clone(project: Path, folder: Path, file_format: str = "hdf5", store: Path | None = None) -> Path:
     shutil.copytree(project, folder, ignore=shutil.ignore_patterns("store", "reports"))
     settings = json.loads((folder / "featstore.yaml").read_text())
-    settings["store"] = {"format": file_format}
+    settings["store"] = {"format": file_format} | ({"path": str(store)} if store else {})
     (folder / "featstore.yaml").write_text(json.dumps(settings))
     return folder
 
 
+def committed_in(store: Path, whole: Contents) -> Contents:
+    """What is committed: nothing but what an uninterrupted run commits, and all of it undamaged."""
+    if read_manifest(store) is None:
+        return {}
+    found = contents(store)
+    assert found.items() <= whole.items()
+    report = verify(store, "full")
+    assert report.damage == []
+    assert report.patches == len(found)
+    return found
+
+
 def check_after_a_kill(project: Path, whole: Contents) -> int:
     """How many embeddings are committed; all of them as they should be, and cases complete."""
-    try:
-        found = contents(project / "store")
-    except StoreError as error:
-        if "no embedding store" not in error.found:
-            raise
-        return 0
-    assert found.items() <= whole.items()
+    found = committed_in(project / "store", whole)
     cases = [key[0] for key in found]
     assert all(cases.count(case) == PER_CASE for case in set(cases))
     return len(found)
 
 
-def finish(zygote: Zygote, project: Path, whole: Contents, committed: int) -> None:
+def finish(
+    zygote: Zygote, project: Path, whole: Contents, committed: int, store: Path | None = None
+) -> None:
     codes, reports, _ = zygote.run({"project": project})
     assert codes == [0], reports
     assert reports[0]["committed"] == len(whole) - committed
-    assert contents(project / "store") == whole
+    assert committed_in(store or project / "store", whole) == whole
 
 
 def kill_at_random_moments(
@@ -76,16 +93,16 @@ def kill_at_random_moments(
 
 
 def test_killed_at_random_moments(zygote: Zygote, reference: tuple, tmp_path: Path) -> None:
-    seen = kill_at_random_moments(zygote, reference, tmp_path, 20)
-    assert len(seen) > 2  # the kills fell before, within and after the commits
+    kill_at_random_moments(zygote, reference, tmp_path, 10)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file_format", ["hdf5", "zarr"])
+@both_formats
 def test_killed_at_two_hundred_random_moments(
     zygote: Zygote, reference: tuple, tmp_path: Path, file_format: str
 ) -> None:
-    kill_at_random_moments(zygote, reference, tmp_path, 200, file_format)
+    seen = kill_at_random_moments(zygote, reference, tmp_path, 200, file_format)
+    assert len(seen) > 2  # the kills fell before, within and after the commits
 
 
 def kill_at_every_step(
@@ -96,10 +113,11 @@ def kill_at_every_step(
     file_format: str = "hdf5",
     stride: int = 1,
 ) -> int:
+    """About how many steps there are; from every one that is a kill, another run goes on."""
     project, whole, _ = reference
-    step = 0
+    kills = 0
     while True:
-        step += stride
+        step = 1 + kills * stride
         victim = clone(project, folder / str(step), file_format)
         codes, _, _ = zygote.run({"project": victim, "kill_at": step, "after": after})
         committed = check_after_a_kill(victim, whole)
@@ -107,10 +125,9 @@ def kill_at_every_step(
             assert committed == len(whole)
             return step - 1
         assert codes == [-9]
-        # Finishing after each of a hundred kills is for the slow suite; here, for some.
-        if step % 7 == 0 or stride > 1:
-            finish(zygote, victim, whole, committed)
+        finish(zygote, victim, whole, committed)
         shutil.rmtree(victim)
+        kills += 1
 
 
 @pytest.fixture(scope="module")
@@ -118,20 +135,29 @@ def small_reference(
     zygote: Zygote, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Contents, float]:
     project = make_project(
-        tmp_path_factory.mktemp("small"), cases=1, stains=("h&e", "sox10"), slices=2, patches=6
+        tmp_path_factory.mktemp("small"), cases=2, stains=("h&e", "sox10"), slices=2, patches=6
     )
     codes, _, seconds = zygote.run({"project": project})
     assert codes == [0]
     return project, contents(project / "store"), seconds
 
 
-# The steps are the same for both file formats, so one of them gets a lighter dose.
-@pytest.mark.parametrize(("file_format", "stride"), [("hdf5", 1), ("zarr", 5)])
-def test_killed_before_every_step_of_the_commit(
-    zygote: Zygote, small_reference: tuple, tmp_path: Path, file_format: str, stride: int
+# Every step of the store alone is in tests/store/test_faults.py.
+@both_formats
+def test_killed_before_some_steps_of_the_commits(
+    zygote: Zygote, small_reference: tuple, tmp_path: Path, file_format: str
 ) -> None:
-    # Making the store and a commit: folders, part, record, each written, synced and linked.
-    assert kill_at_every_step(zygote, small_reference, tmp_path, False, file_format, stride) > 20
+    # Making the store and two commits: folders, part, record, each written, synced and linked.
+    assert kill_at_every_step(zygote, small_reference, tmp_path, False, file_format, stride=8) > 60
+
+
+@pytest.mark.slow
+@both_formats
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_killed_at_every_step_of_the_commits(
+    zygote: Zygote, small_reference: tuple, tmp_path: Path, file_format: str, after: bool
+) -> None:
+    assert kill_at_every_step(zygote, small_reference, tmp_path, after, file_format) > 60
 
 
 def test_the_format_of_parts_is_that_of_the_settings(
@@ -145,28 +171,46 @@ def test_the_format_of_parts_is_that_of_the_settings(
     assert contents(victim / "store") == whole
 
 
-@pytest.mark.slow
-def test_killed_after_every_step_of_the_commit(zygote: Zygote, reference: tuple, tmp_path: Path) -> None:
-    assert kill_at_every_step(zygote, reference, tmp_path, after=True) > 40
-
-
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@both_formats
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_ends_the_run_in_good_order(
-    zygote: Zygote, reference: tuple, tmp_path: Path, name: str, code: int
+    zygote: Zygote, reference: tuple, tmp_path: Path, name: str, file_format: str
 ) -> None:
-    project, whole, seconds = reference
-    victim = clone(project, tmp_path / name)
-    codes, reports, _ = zygote.run(
-        {"project": victim, "kill_after": seconds + 0.5, "signal": name, "pause": 0.1}
-    )
-    assert codes == [code], reports
+    project, whole, _ = reference
+    victim = clone(project, tmp_path / name, file_format)
+    codes, reports, _ = zygote.run({"project": victim, "signal_at": 8, "signal": name})
+    assert codes == [128 + getattr(signal, name)], reports
     report = reports[0]
     assert report["interrupted"]
     # All that was computed is committed, a case in the middle included.
-    found = contents(victim / "store")
-    assert found.items() <= whole.items()
-    assert 0 < len(found) == report["committed"] < len(whole)
+    found = committed_in(victim / "store", whole)
+    assert PER_CASE < len(found) == report["committed"] < 2 * PER_CASE
     finish(zygote, victim, whole, len(found))
+
+
+@pytest.mark.slow
+@both_formats
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_signals_at_random_moments(
+    zygote: Zygote, reference: tuple, tmp_path: Path, name: str, file_format: str
+) -> None:
+    project, whole, seconds = reference
+    number, moments = int(getattr(signal, name)), random.Random(1)
+    seen = set()
+    for i in range(25):
+        victim = clone(project, tmp_path / str(i), file_format)
+        codes, reports, _ = zygote.run(
+            {"project": victim, "kill_after": moments.uniform(0, seconds), "signal": name}
+        )
+        # Before and after the pass nothing listens, and the process dies of the signal.
+        assert codes[0] in (0, 128 + number, -number), reports
+        found = committed_in(victim / "store", whole)
+        if reports[0].get("interrupted"):
+            assert reports[0]["committed"] == len(found)
+        seen.add(len(found))
+        finish(zygote, victim, whole, len(found))
+        shutil.rmtree(victim)
+    assert len(seen) > 2  # before, within and after the commits
 
 
 def test_two_shards_at_once_equal_one_run(zygote: Zygote, reference: tuple, tmp_path: Path) -> None:
@@ -189,10 +233,110 @@ def test_two_whole_runs_at_once_do_no_harm(zygote: Zygote, reference: tuple, tmp
     assert contents(shared / "store") == whole
 
 
-def test_a_full_disk_is_a_clean_error(zygote: Zygote, reference: tuple, tmp_path: Path) -> None:
+@both_formats
+def test_a_file_that_may_not_grow_is_a_clean_error(
+    zygote: Zygote, reference: tuple, tmp_path: Path, file_format: str
+) -> None:
     project, whole, _ = reference
-    victim = clone(project, tmp_path / "full")
+    victim = clone(project, tmp_path / "full", file_format)
     codes, reports, _ = zygote.run({"project": victim, "file_size_limit": 9_000})
     assert codes == [3]
-    assert "could not write" in reports[0]["error"]
+    assert reports[0]["error"].startswith("StoreError: could not write: File too large\n")
+    assert "--part-mb" in reports[0]["error"]
     finish(zygote, victim, whole, check_after_a_kill(victim, whole))
+
+
+# The probe for hard links (before the plan, with the writer, and when the store is made), and the
+# store's description.
+LINKS_BEFORE_COMMITS = 4
+
+
+def assert_told(message: str, error: str, folder: Path) -> None:
+    first, where, to_do = message.split("\n  ")
+    assert first == f"StoreError: could not write: {os.strerror(getattr(errno, error))}"
+    assert where.startswith(f"where: {folder}")
+    assert ("make space" if error == "ENOSPC" else "mend the disk") in to_do
+
+
+@pytest.mark.parametrize(
+    ("file_format", "error", "lasting", "stride"),
+    [
+        ("hdf5", "EIO", False, 29),
+        ("zarr", "ENOSPC", False, 31),
+        *(
+            pytest.param(file_format, error, lasting, stride, marks=pytest.mark.slow)
+            for file_format in ("hdf5", "zarr")
+            for error, lasting, stride in (("EIO", False, 2), ("ENOSPC", False, 3), ("EIO", True, 5))
+        ),
+    ],
+)
+def test_a_step_that_fails_ends_the_run_and_costs_nothing(
+    zygote: Zygote,
+    reference: tuple,
+    tmp_path: Path,
+    file_format: str,
+    error: str,
+    lasting: bool,
+    stride: int,
+) -> None:
+    project, whole, _ = reference
+    fault = {"error": error, "lasting": lasting}
+    unharmed = clone(project, tmp_path / "unharmed", file_format)
+    count = len(zygote.run({"project": unharmed, "fail_at": None, **fault})[1][0]["steps"])
+    assert count > 150
+    for step in range(1, count + 1, stride):
+        victim = clone(project, tmp_path / str(step), file_format)
+        codes, reports, _ = zygote.run({"project": victim, "fail_at": step, **fault})
+        steps = reports[0]["steps"]
+        if fatal_step(steps) is None:
+            assert codes == [0], reports
+        else:
+            assert codes == [3], reports
+            assert_told(reports[0]["error"], error, victim)
+        assert is_given_up(steps)
+        # What has been linked is there, even where the failure came after that, and nothing else.
+        committed = check_after_a_kill(victim, whole)
+        assert committed == PER_CASE * max(0, steps.count("link") - LINKS_BEFORE_COMMITS)
+        finish(zygote, victim, whole, committed)
+        shutil.rmtree(victim)
+
+
+def run_on_a_full_disk(
+    small_disk: SmallDisk, reference: tuple, victim: Path, space: tuple[int, int]
+) -> int:
+    """How many embeddings a run commits before the disk is full; after that, another run goes on."""
+    whole = reference[1]
+    zygote, store = small_disk.zygote, small_disk.here / "store"
+    small_disk.fill(*space)
+    codes, reports, _ = zygote.run({"project": victim})
+    if codes == [0]:
+        assert committed_in(store, whole) == whole
+    else:
+        assert codes == [3], reports
+        assert_told(reports[0]["error"], "ENOSPC", small_disk.path)
+    found = committed_in(store, whole)
+    assert len(found) % PER_CASE == 0
+    small_disk.make_space()
+    finish(zygote, victim, whole, len(found), store)
+    shutil.rmtree(store)
+    return len(found)
+
+
+@both_formats
+def test_a_full_disk_is_a_clean_error(
+    small_disk: SmallDisk, reference: tuple, tmp_path: Path, file_format: str
+) -> None:
+    victim = clone(reference[0], tmp_path / "project", file_format, small_disk.path / "store")
+    for space in [(0, 60), (12, 60), (60, 12)]:
+        assert run_on_a_full_disk(small_disk, reference, victim, space) < CASES * PER_CASE
+
+
+@pytest.mark.slow
+@both_formats
+def test_a_disk_that_is_full_at_any_block_or_name(
+    small_disk: SmallDisk, reference: tuple, tmp_path: Path, file_format: str
+) -> None:
+    victim = clone(reference[0], tmp_path / "project", file_format, small_disk.path / "store")
+    for spaces in ([(blocks, 60) for blocks in range(80)], [(80, names) for names in range(40)]):
+        seen = [run_on_a_full_disk(small_disk, reference, victim, space) for space in spaces]
+        assert set(seen) == {case * PER_CASE for case in range(CASES + 1)}

@@ -7,21 +7,104 @@ pool of PyTorch is cut in half by the fork.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 STEPS = ("open", "write", "fsync", "link", "unlink", "mkdir")
+# Network file systems tell of a full disk or a lost server when a file is closed.
+FALLIBLE = (*STEPS, "close")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Steps:
+    """Stands in for ``os`` in `featstore.store.files`: notes the calls that writing is made of.
+
+    Args:
+        names: The calls that count as steps.
+        around: Called in place of every step with its number, from 1, and the real call.
+
+    Attributes:
+        done: The names of the steps so far; ``write!`` is one that was made to fail.
+    """
+
+    def __init__(self, names: tuple[str, ...], around: Callable[[int, Callable[[], Any]], Any]) -> None:
+        self.done: list[str] = []
+        self._names = names
+        self._around = around
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(os, name)
+        if name not in self._names:
+            return real
+
+        def step(*arguments: Any, **named: Any) -> Any:
+            self.done.append(name)
+            return self._around(len(self.done), partial(real, *arguments, **named))
+
+        return step
+
+
+def failing_steps(at: int | None, name: str, lasting: bool = False) -> Steps:
+    """Let the step of this number fail, as if the kernel had said so.
+
+    Args:
+        at: The number, from 1; None: every step succeeds.
+        name: Of the error, such as ``EIO``.
+        lasting: Every later step fails, too.
+    """
+    code = getattr(errno, name)
+
+    def around(number: int, call: Callable[[], Any]) -> Any:
+        if at is None or number < at or (number > at and not lasting):
+            return call()
+        if steps.done[number - 1] == "close":  # a file is closed even where closing it fails
+            call()
+        steps.done[number - 1] += "!"
+        raise OSError(code, os.strerror(code))
+
+    steps = Steps(FALLIBLE, around)
+    return steps
+
+
+def fatal_step(done: list[str]) -> int | None:
+    """The index of the failed step that must end a run: a file that cannot be removed is but litter."""
+    return next((i for i, step in enumerate(done) if step.endswith("!") and step != "unlink!"), None)
+
+
+def is_given_up(done: list[str]) -> bool:
+    """Whether nothing was tried again after the fatal step: files were only closed and removed."""
+    fatal = fatal_step(done)
+    return fatal is None or {step.rstrip("!") for step in done[fatal + 1 :]} <= {"close", "unlink"}
+
+
+def killing_steps(at: int, after: bool) -> Steps:
+    """Kill this process before or after the step of this number."""
+
+    def around(number: int, call: Callable[[], Any]) -> Any:
+        if number == at and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = call()
+        if number == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return Steps(STEPS, around)
 
 
 def main() -> None:
     import torch
 
-    import featstore.extraction  # noqa: F401
+    import featstore.extraction
+    import featstore.settings  # noqa: F401
+    import heads.config  # noqa: F401
     from featstore.backbones import timm_models  # noqa: F401
 
     torch.set_num_threads(1)
@@ -33,9 +116,12 @@ def main() -> None:
         started = time.monotonic()
         children = []
         for job in jobs:
+            # An exception in what Python does after a fork would be ignored, and leave locks locked.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
             child = os.fork()
             if child == 0:
                 _run(job)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             children.append((child, job))
         for child, job in children:
             if "kill_after" in job:
@@ -46,7 +132,11 @@ def main() -> None:
 
 
 def _run(job: dict[str, Any]) -> None:
+    from featstore.store import files
+
+    steps = None
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         from featstore.extraction import extract
         from featstore.settings import Layers
         from featstore.strict_yaml import read_file
@@ -57,19 +147,33 @@ def _run(job: dict[str, Any]) -> None:
         layers.add(Config, read_file(project / "featstore.yaml"), "featstore.yaml")
         for section, values in job.get("settings", {}).items():
             layers.add(Config, {section: values}, "the test")
-        _count_steps(job)
+        if "kill_at" in job:
+            files.os = steps = killing_steps(job["kill_at"], job["after"])  # type: ignore[assignment]
+        if "error" in job:
+            files.os = steps = failing_steps(  # type: ignore[assignment]
+                job["fail_at"], job["error"], job.get("lasting", False)
+            )
         report = extract(layers.build(Config), project, observe=_observe(job))
-        Path(job["answer"]).write_text(json.dumps(report.to_json()))
-        os._exit(0 if report.interrupted is None else 128 + report.interrupted)
+        answer = report.to_json()
+        code = 0 if report.interrupted is None else 128 + report.interrupted
+    except KeyboardInterrupt:
+        answer, code = {"error": "KeyboardInterrupt"}, 128 + signal.SIGINT
     except BaseException as error:
-        Path(job["answer"]).write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}))
-        os._exit(3)
+        answer, code = {"error": f"{type(error).__name__}: {error}"}, 3
+    if steps is not None:
+        answer["steps"] = steps.done
+    Path(job["answer"]).write_text(json.dumps(answer))
+    os._exit(code)
 
 
 def _observe(job: dict[str, Any]) -> Any:
+    batches = [0]
+
     def observe(progress: object) -> None:
         _limit_files(job)
-        time.sleep(job.get("pause", 0.0))
+        batches[0] += 1
+        if batches[0] == job.get("signal_at"):
+            os.kill(os.getpid(), getattr(signal, job["signal"]))
 
     return observe
 
@@ -81,34 +185,6 @@ def _limit_files(job: dict[str, Any]) -> None:
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size_limit"], job["file_size_limit"]))
-
-
-def _count_steps(job: dict[str, Any]) -> None:
-    """Kill this process at the n-th system call that the store's writing is made of."""
-    from featstore.store import files
-
-    at, after, left = job.get("kill_at"), job.get("after", False), [0]
-
-    class Counting:
-        def __getattr__(self, name: str) -> Any:
-            real = getattr(os, name)
-            if name not in STEPS:
-                return real
-
-            def step(*arguments: Any, **named: Any) -> Any:
-                left[0] += 1
-                last = left[0] == at
-                if last and not after:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                result = real(*arguments, **named)
-                if last:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return result
-
-            return step
-
-    if at is not None:
-        files.os = Counting()  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

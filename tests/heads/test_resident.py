@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from featstore.bags import Bag
 from featstore.errors import StoreError
@@ -152,15 +156,19 @@ def test_an_embedding_that_is_not_finite_is_refused_by_its_file(
     assert CaseBags(store, {"8": 0}, memory).batch([store.outline("8")]).features.isfinite().all()
 
 
-def test_the_bad_row_is_named_beyond_the_first_block(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("memory", [10**9, 0])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_bad_row_is_named_beyond_the_first_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, memory: int
+) -> None:
     monkeypatch.setattr("featstore.resident._BLOCK", 4)
-    broken = store.bag("1").features.copy()
-    broken[9, 0] = np.nan
-    bags = CaseBags(Store.open(store.path), {"1": 0}, 0)
-    bag = replace(store.bag("1"), features=broken)
-    monkeypatch.setattr(bags.store, "bag", lambda case: bag)
+    writer = StoreWriter(tmp_path / "store", make_spec(dim=DIM, stored_dtype=dtype), {})
+    features = np.full((12, DIM), -np.finfo(dtype).max, dtype)
+    features[9:, 0] = np.nan
+    writer.commit("1", [planted_slice("1", "h&e", "match_1", features)])
+    store = Store.open(writer.path)
     with pytest.raises(StoreError) as error:
-        bags.features("1")
+        CaseBags(store, {"1": 0}, memory)
     assert f"{store.table('1').iloc[9]['path']} is not finite" in str(error.value)
 
 
@@ -178,6 +186,90 @@ def test_a_case_whose_name_looks_like_a_sub_case_is_not_taken_for_one(tmp_path: 
             assert np.array_equal(bags.batch([part]).features.numpy(), want), part.case_id
 
 
+class Batches(Dataset[dict[str, Any]]):
+    """What the workers of a DataLoader make of bags: item i is a batch of case i, and of a part of it."""
+
+    def __init__(self, *bags: CaseBags) -> None:
+        self.bags = bags
+
+    def __len__(self) -> int:
+        return len(CASES)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        found = []
+        for bags in self.bags:
+            outline = bags.outlines[CASES[number]]
+            few = sample_bag(outline, 3, "random", np.random.default_rng(number))
+            found += [bags.batch(asked).features for asked in ([outline], [few], [few, outline])]
+        shared = [bags.resident is not None and bags.resident.is_shared() for bags in self.bags]
+        return {"features": found, "pid": os.getpid(), "shared": shared}
+
+
+def by_workers(batches: Batches, start: str) -> list[dict[str, Any]]:
+    loader = DataLoader(batches, batch_size=None, num_workers=2, multiprocessing_context=start)
+    return list(loader)
+
+
+def same(found: list[dict[str, Any]], want: list[dict[str, Any]]) -> None:
+    for a, b in zip(found, want, strict=True):
+        assert len(a["features"]) == len(b["features"]) > 0
+        assert all(map(torch.equal, a["features"], b["features"]))
+
+
+@pytest.fixture
+def own(store: Store, tmp_path: Path) -> Store:
+    """The store at a place of its own, where it may be removed."""
+    shutil.copytree(store.path, tmp_path / "own")
+    return Store.open(tmp_path / "own")
+
+
+def test_forked_workers_get_the_same_and_read_no_resident_case_again(own: Store) -> None:
+    resident, reading = CaseBags(own, LABELS, 10**9), CaseBags(own, LABELS, 0)
+    both = Batches(resident, reading)
+    same(by_workers(both, "fork"), [both[i] for i in range(len(CASES))])
+    want = [Batches(resident)[i] for i in range(len(CASES))]
+    own.path.rename(own.path.with_name("gone"))
+    found = by_workers(Batches(resident), "fork")
+    same(found, want)
+    assert len({os.getpid(), *(each["pid"] for each in found)}) == 3
+
+
+def test_spawned_workers_get_the_same_and_share_the_resident_embeddings(own: Store) -> None:
+    both = Batches(CaseBags(own, LABELS, 10**9), CaseBags(own, LABELS, 0))
+    want = [both[i] for i in range(len(CASES))]
+    found = by_workers(both, "spawn")
+    same(found, want)
+    assert all(each["shared"] == [True, False] for each in found)
+    assert len({os.getpid(), *(each["pid"] for each in found)}) == 3
+
+
+@pytest.mark.parametrize("memory", [10**9, 0], ids=["resident", "reading"])
+def test_bags_that_were_pickled_and_bags_in_threads(own: Store, memory: int) -> None:
+    bags = CaseBags(own, LABELS, memory)
+    want = [Batches(bags)[i] for i in range(len(CASES))]
+    data = pickle.dumps(bags)
+    if memory:
+        own.path.rename(own.path.with_name("gone"))
+    there = Batches(pickle.loads(data))
+    same([there[i] for i in range(len(CASES))], want)
+    with ThreadPoolExecutor(4) as pool:
+        same(list(pool.map(there.__getitem__, list(range(len(CASES))) * 3)), want * 3)
+
+
+def test_some_rows_read_no_whole_case(reading: CaseBags, monkeypatch: pytest.MonkeyPatch) -> None:
+    outlines = reading.outlines
+    few = [sample_bag(outlines[case], 2, "random", np.random.default_rng(0)) for case in ("5", "12")]
+    want = reading.batch(few).features
+
+    def never(*args: object, **options: object) -> None:
+        raise AssertionError("a case was read")
+
+    monkeypatch.setattr("featstore.store.store.read_features", never)
+    assert torch.equal(reading.batch(few).features, want)
+    with pytest.raises(AssertionError, match="a case was read"):
+        reading.batch([outlines["5"]])
+
+
 def test_the_memory_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert memory_budget(0, cpu) == 0
@@ -193,3 +285,14 @@ def test_the_memory_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert memory_budget("auto", cpu) == 2 << 20
     (tmp_path / "memory.max").write_text("3000\n")
     assert memory_budget("auto", cpu) == 1000
+
+
+def test_in_one_line_all_cases_are_there_without_labels(own: Store, resident: CaseBags) -> None:
+    every = CaseBags(own)
+    assert list(every.outlines) == own.cases()
+    assert every.resident is not None
+    batch = every.batch(list(every.outlines.values()))
+    assert batch.labels is None
+    assert batch.case_ids == tuple(own.cases())
+    for case in CASES:
+        assert torch.equal(every.features(case), resident.features(case))

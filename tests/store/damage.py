@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import random
+import signal
 import traceback
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from featstore.store import Slice, Store, StoreWriter
+import h5py
+import numpy as np
+
+from featstore.store import Slice, Store, StoreWriter, files
 from featstore.store.format import Part, Record, encode_record
 from featstore.store.parts import encode
 from tests.store.builders import make_slice, make_spec
@@ -80,6 +87,62 @@ def flip(file: Path, at: int, bit: int = 0) -> None:
     file.write_bytes(bytes(data))
 
 
+def parts_of(path: Path) -> list[Path]:
+    """The parts that the newest records name."""
+    view = Store.open(path)
+    return [view.folder(case) / part.name for case in view.cases() for part in view.record(case).parts]
+
+
+# Of every dose of flipped bits this share falls on the values of parts, the rest of parts, newest and older
+# records, and the description.
+_SHARES = {"payload": 0.4, "metadata": 0.3, "record": 0.2, "old record": 0.05, "description": 0.05}
+
+
+def dose(count: int) -> list[str]:
+    """What a number of bits to be flipped lie in."""
+    return [kind for kind, share in _SHARES.items() for _ in range(round(share * count))]
+
+
+def spot(path: Path, kind: str, chance: random.Random) -> tuple[Path, int]:
+    """A random file of a store and a random byte in it, of one of the kinds of `dose`."""
+    if kind == "description":
+        file = path / "featstore.json"
+        text = file.read_bytes()
+        # Every byte but the minor version's, which no reader goes by.
+        minor = range(text.rindex(b",", 0, text.index(b"]")), text.index(b"]"))
+        return file, chance.choice([at for at in range(len(text)) if at not in minor])
+    if kind in ("record", "old record"):
+        newest = record_of(path, chance.choice(Store.open(path).cases()))
+        old = sorted(set(newest.parent.glob("*.json")) - {newest})
+        file = chance.choice(old) if kind == "old record" and old else newest
+        return file, chance.randrange(file.stat().st_size)
+    file = chance.choice(parts_of(path))
+    inside = np.concatenate([np.array(span) for span in payload(file)])
+    rest = np.setdiff1d(np.arange(file.stat().st_size), inside)
+    return file, int(chance.choice(inside if kind == "payload" else rest))
+
+
+def payload(part: Path) -> list[range]:
+    """The bytes of a part that values are made of, with their checksums."""
+    if part.suffix == ".h5":
+        found: list[range] = []
+
+        def visit(name: str, item: object) -> None:
+            if isinstance(item, h5py.Dataset):
+                chunks = (item.id.get_chunk_info(i) for i in range(item.id.get_num_chunks()))
+                found.extend(range(c.byte_offset, c.byte_offset + c.size) for c in chunks)
+
+        with h5py.File(part, "r") as file:
+            file.visititems(visit)
+        return found
+    with zipfile.ZipFile(part) as archive:
+        return [
+            range(start := i.header_offset + 30 + len(i.filename), start + i.file_size)
+            for i in archive.infolist()
+            if "/c/" in i.filename
+        ]
+
+
 def rewrite(path: Path, case: str, parts: tuple[Part, ...], **changes: object) -> Record:
     """Put a valid record of our own making in the newest one's place."""
     file, record = record_of(path, case), Store.open(path).record(case)
@@ -111,6 +174,40 @@ def started(work: Callable[[], object]) -> int:
 def ended(child: int) -> int:
     """How a child ended: 0, or the negative number of the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+STEPS = ("open", "write", "fsync", "link", "unlink", "mkdir", "rename")
+
+
+class Killing:
+    """Stands in for `os`: kills the process before its n-th step."""
+
+    def __init__(self, at: int) -> None:
+        self._left = at
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(os, name)
+        if name not in STEPS:
+            return real
+
+        def step(*arguments: Any, **named: Any) -> Any:
+            self._left -= 1
+            if self._left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **named)
+
+        return step
+
+
+def kill_at(step: int, work: Callable[[], object]) -> int:
+    """Do this in a child that is killed before its n-th step of `repair`; how it ended."""
+    from featstore.store import repair as module
+
+    def doomed() -> None:
+        module.os = files.os = Killing(step)  # type: ignore[assignment]
+        work()
+
+    return ended(started(doomed))
 
 
 def break_part(store: Path) -> None:

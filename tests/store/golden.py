@@ -7,9 +7,12 @@ committed as parts of both formats. What lies there stays as it is: it stands fo
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from featstore.store import StoreWriter
+import numpy as np
+
+from featstore.store import Slice, StoreWriter
 from tests.store.builders import make_slice, make_spec
 
 
@@ -18,7 +21,13 @@ def main(folder: Path) -> None:
     hdf5 = StoreWriter(folder, make_spec(), {"golden": True}, "hdf5")
     zarr.commit("a", [make_slice("a", "h&e", "match_1", [1, 2])])
     hdf5.commit("a", [make_slice("a", "h&e", "match_1", [10])])
-    zarr.commit("B", [make_slice("B", "sox10", "s", [7], version=1)])
+    zarr.commit("B", [with_coords(make_slice("B", "sox10", "s", [7], version=1))])
+
+
+def with_coords(item: Slice) -> Slice:
+    """The slice, as an import would write it (since 1.2)."""
+    coords = np.array([[10.5, 20.25]] * len(item.patch))
+    return replace(item, columns={**item.columns, "coords": coords})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,15 +24,14 @@ from tests.store.damage import (
     break_part,
     contents,
     encode_as,
-    ended,
     fill,
     flip,
+    kill_at,
     link_record,
     part_of,
     record_of,
     refill,
     rewrite,
-    started,
 )
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -173,12 +171,6 @@ def test_what_may_be_readable_elsewhere_is_left(store: Path, monkeypatch: pytest
     assert listing(store) == before
 
 
-def test_a_store_without_its_description_is_not_repaired(store: Path) -> None:
-    flip(store / "featstore.json", 100)
-    with pytest.raises(StoreDamaged, match="fingerprint"):
-        repair(store, apply=True)
-
-
 def test_a_commit_that_comes_between_is_kept(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(store)
     break_part(store)
@@ -195,39 +187,6 @@ def test_a_commit_that_comes_between_is_kept(store: Path, monkeypatch: pytest.Mo
     found = contents(store)
     assert ("1", "new", "s", 1) in found
     assert len(found) == len(before) - 40 + 1
-
-
-STEPS = ("open", "write", "fsync", "link", "unlink", "mkdir", "rename")
-
-
-class Killing:
-    """Stands in for `os`: kills the process before its n-th step."""
-
-    def __init__(self, at: int) -> None:
-        self._left = at
-
-    def __getattr__(self, name: str) -> Any:
-        real = getattr(os, name)
-        if name not in STEPS:
-            return real
-
-        def step(*arguments: Any, **named: Any) -> Any:
-            self._left -= 1
-            if self._left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*arguments, **named)
-
-        return step
-
-
-def kill_at(step: int, work: Callable[[], object]) -> int:
-    from featstore.store import repair as module
-
-    def doomed() -> None:
-        module.os = files.os = Killing(step)  # type: ignore[assignment]
-        work()
-
-    return ended(started(doomed))
 
 
 def test_repair_killed_at_every_step(whole: Path, tmp_path: Path) -> None:

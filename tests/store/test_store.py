@@ -188,9 +188,9 @@ def test_any_flipped_bit_is_harmless_or_told(writer: StoreWriter) -> None:
     assert told > 50
 
 
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("version", ["1.0", "1.1", "1.2"])
 def test_older_stores_are_still_read(version: str) -> None:
-    """Written by earlier versions of the format (1.1: by `golden.py`); never written anew."""
+    """Written by earlier versions of the format (since 1.1: by `golden.py`); never written anew."""
     golden = Path(__file__).parent / "golden" / version
     found = contents(golden)
     assert found == expected("a", "h&e", "match_1", [1, 2, 10]) | expected(
@@ -198,6 +198,10 @@ def test_older_stores_are_still_read(version: str) -> None:
     )
     table = Store.open(golden).table()
     assert table["path"].tolist() == ["B_sox10_s_7_v1", *(f"a_h&e_match_1_{p}_v0" for p in (1, 2, 10))]
+    assert ("coord_x" in table) == (version >= "1.2")
+    if "coord_x" in table:
+        assert table[["coord_x", "coord_y"]].iloc[0].tolist() == [10.5, 20.25]
+        assert table["coord_x"].iloc[1:].isna().all()
 
 
 ROWS = st.tuples(st.sampled_from("ab"), st.sampled_from("xy"), st.sampled_from(["s1", "s2", "s10"]))
@@ -250,31 +254,6 @@ def test_an_unknown_file_format_is_told(tmp_path: Path) -> None:
         open_part(tmp_path / f"{'0' * 32}.n5", 1)
 
 
-def test_writers_of_one_case_lose_nothing(tmp_path: Path, file_format: str) -> None:
-    path = tmp_path / "store"
-    StoreWriter(path, make_spec(), {})
-    children = []
-    for k in range(4):
-        child = os.fork()
-        if child == 0:
-            try:
-                writer = StoreWriter(path, make_spec(), {}, file_format)
-                for i in range(10):
-                    # Own rows, and rows that everybody writes.
-                    writer.commit(
-                        "a", [make_slice("a", "x", f"s{k}", [i]), make_slice("a", "y", "s", [i, i + 1])]
-                    )
-                os._exit(0)
-            except BaseException:
-                os._exit(1)
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
-    want = expected("a", "y", "s", list(range(11)))
-    for k in range(4):
-        want |= expected("a", "x", f"s{k}", list(range(10)))
-    assert contents(path) == want
-
-
 def test_geometry_is_optional_part_by_part(writer: StoreWriter) -> None:
     located = make_slice("a", "x", "s", [1])
     located.columns["geometry"] = np.arange(8.0).reshape(1, 8)
@@ -317,15 +296,6 @@ def test_there_is_no_store(tmp_path: Path) -> None:
 def test_an_unknown_case(writer: StoreWriter) -> None:
     with pytest.raises(StoreError, match="no case '7'"):
         Store.open(writer.path).bag("7")
-
-
-@pytest.mark.parametrize(
-    "case", ["../x", "/etc", "a\nb", "é" * 150, "CON", "UPPER", "upper", "=1+1", "a~b"]
-)
-def test_hostile_ids_round_trip(writer: StoreWriter, case: str) -> None:
-    writer.commit(case, [make_slice(case, case, case, [1])])
-    assert contents(writer.path) == expected(case, case, case, [1])
-    assert sorted(os.listdir(writer.path.parent)) == ["store"]
 
 
 def _parts(path: Path) -> list[Path]:
@@ -419,29 +389,3 @@ def test_parts_open_in_plain_h5py(tmp_path: Path) -> None:
         assert file["h&e/match_1/features"].shape == (2, DIM)
         assert file["h&e/match_1/features"].fletcher32
         assert file.attrs["case_id"] == "Case 1"
-
-
-def test_a_part_that_points_elsewhere_is_refused(tmp_path: Path) -> None:
-    import h5py
-
-    secret = tmp_path / "secret.h5"
-    with h5py.File(secret, "w") as file:
-        file.create_dataset("x", data=np.ones((2, 3), np.float16), chunks=(2, 3))
-        file.create_group("s")
-    part = tmp_path / "part.h5"
-    with h5py.File(part, "w") as file:
-        group = file.create_group("x/s")
-        group["features"] = h5py.ExternalLink(str(secret), "x")
-        group["patch"] = h5py.SoftLink("/x/s/quality")
-        group.create_dataset("quality", (2, 3), np.float16, external=[(str(tmp_path / "raw"), 0, 12)])
-        layout = h5py.VirtualLayout((2, 3), np.float16)
-        layout[:] = h5py.VirtualSource(secret, "x", (2, 3))
-        group.create_virtual_dataset("source_stat", layout)
-        group.create_group("geometry")
-        file["y"] = h5py.ExternalLink(str(secret), "/")
-    with open_part(part, part.stat().st_size) as reader:
-        for name in ("features", "patch", "quality", "source_stat", "geometry"):
-            with pytest.raises(StoreDamaged, match="no plain dataset"):
-                reader.read("x", "s", name, 2)
-        with pytest.raises(StoreDamaged, match="only as a link"):
-            reader.read("y", "s", "features", 2)

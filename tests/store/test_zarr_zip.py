@@ -19,7 +19,8 @@ from zarr.codecs import Crc32cCodec
 
 from featstore.errors import StoreDamaged
 from featstore.store import Slice, stored_zip, zarr_zip
-from featstore.store.zarr_zip import encode, open_part
+from featstore.store.parts import open_part
+from featstore.store.zarr_zip import encode
 from tests.store.builders import make_slice
 
 Files = dict[str, bytes]
