@@ -16,11 +16,9 @@ from heads.config import Config
 
 if TYPE_CHECKING:
     from featstore.extraction import ExtractionReport
-    from heads.project import TrainedRun
     from heads.training.loop import Progress as TrainingProgress
 
 COHORT = ("patches", "images", "labels", "")
-
 
 _line = CommandLine(
     Config, "Embeddings of pathology patches, computed once, kept in a store that can be trusted."
@@ -38,7 +36,7 @@ def init(
     from featstore.project import init_project
 
     created = init_project(call.config, call.project, patches, force)
-    call.show(created.to_text(), created.to_json())
+    call.answer(created)
 
 
 @command((*COHORT, "store", "train"))
@@ -68,9 +66,7 @@ def extract(
 ) -> None:
     """Push every patch that the store lacks through the backbone, once."""
     report = _extract(call)
-    call.show(report.to_text(), report.to_json())
-    if report.interrupted is not None:
-        raise typer.Exit(128 + report.interrupted)
+    call.answer(report)
 
 
 def _extract(call: Call[Config]) -> ExtractionReport:
@@ -88,7 +84,7 @@ def info(call: Call[Config]) -> None:
     from featstore.store.summary import summarize
 
     summary = summarize(Store.open(call.project / call.config.store.path))
-    call.show(summary.to_text(), summary.to_json())
+    call.answer(summary)
 
 
 @command(("store",))
@@ -110,7 +106,7 @@ def verify(
         report = verify_store(call.project / call.config.store.path, level, subset, bar.update)
     if csv is not None:
         report.write_csv(csv)
-    call.show(report.to_text(), report.to_json())
+    call.answer(report)
     raise typer.Exit(report.exit_code)
 
 
@@ -127,7 +123,7 @@ def repair(
     with CaseBar() as bar:
         path, level = call.project / call.config.store.path, "quick" if quick else "full"
         report = repair_store(path, apply, level, bar.update)
-    call.show(report.to_text(), report.to_json())
+    call.answer(report)
     raise typer.Exit(report.exit_code)
 
 
@@ -145,7 +141,7 @@ def gc(
     with CaseBar() as bar:
         path = call.project / call.config.store.path
         report = collect(path, grace * 3600, apply, quarantine, bar.update)
-    call.show(report.to_text(), report.to_json())
+    call.answer(report)
 
 
 @command(("store",))
@@ -160,7 +156,36 @@ def rm(
     from featstore.store.maintenance import rm as remove
 
     removed = remove(call.project / call.config.store.path, case, stain, slices, apply)
-    call.show(removed.to_text(), removed.to_json())
+    call.answer(removed)
+
+
+@command(("imports", "store", "labels"), in_project=None)
+def import_(
+    call: Call[Config],
+    source: Path = typer.Argument(..., help="folder of features of another tool, or a table of bags"),
+) -> None:
+    """Take the features of CLAM, TRIDENT, STAMP, slideflow, torchmil, a table, or of one .pt a patch."""
+    from featstore.interop.project import import_project
+    from featstore.progress import CaseBar
+
+    with CaseBar("bags") as bar:
+        report = import_project(call.config, call.project, source, bar.update)
+    call.answer(report)
+
+
+@command(("store", "labels", "split"))
+def export(
+    call: Call[Config],
+    folder: Path = typer.Argument(..., help="new folder to write to"),
+    by: str = typer.Option("slice", help="slice | case: what becomes one of CLAM's slides"),
+) -> None:
+    """Write embeddings, labels and splits in CLAM's layout."""
+    from featstore.interop.project import export_project
+    from featstore.progress import CaseBar
+
+    with CaseBar() as bar:
+        report = export_project(call.config, call.project, folder, by, bar.update)
+    call.answer(report)
 
 
 @command((*COHORT, "split"))
@@ -169,7 +194,7 @@ def split(call: Call[Config]) -> None:
     from featstore.project import split_project
 
     written = split_project(call.config, call.project)
-    call.show(written.to_text(), written.to_json())
+    call.answer(written)
 
 
 @command(("head", "train", "runs"), presets=_gpu("train"))
@@ -179,13 +204,6 @@ def train_head(
     resume: Path | None = typer.Option(None, help="go on with this run, by its own settings"),
 ) -> None:
     """Train a head on the store and evaluate it on the test cases, into a new run folder."""
-    run = _train(call, resume)
-    call.show(run.to_text(), run.to_json())
-    if run.interrupted is not None:
-        raise typer.Exit(128 + run.interrupted)
-
-
-def _train(call: Call[Config], resume: Path | None = None, by_epoch: bool = True) -> TrainedRun:
     from heads.project import train_project
 
     def show(progress: TrainingProgress, epochs: int) -> None:
@@ -196,8 +214,7 @@ def _train(call: Call[Config], resume: Path | None = None, by_epoch: bool = True
             f"{row['seconds']:.2f} s{'  best' if progress.best_epoch == progress.epoch else ''}"
         )
 
-    observe = show if by_epoch else lambda progress, epochs: None
-    return train_project(call.config, call.project, resume, call.tell, observe)
+    call.answer(train_project(call.config, call.project, resume, call.tell, show))
 
 
 @command(("runs",))
@@ -210,7 +227,7 @@ def evaluate(
     from heads.project import evaluate_project
 
     done = evaluate_project(call.config, call.project, run, part, call.tell)
-    call.show(done.to_text(), done.to_json())
+    call.answer(done)
 
 
 @command((*COHORT, "backbone", "extract"), in_project=None, presets=_gpu("extract"))
@@ -234,7 +251,7 @@ def bench(
         result = bench_train("cuda" if gpu else "auto")
     else:
         raise ConfigError(f"there is no benchmark {what!r}", expected="extract | train", where="bench")
-    call.show(result.to_text(), result.to_json())
+    call.answer(result)
 
 
 @command((), in_project=False)
@@ -272,18 +289,13 @@ With your own patches:
 
 
 def _demo_run(call: Call[Config], name: str) -> dict[str, Any]:
-    from heads.evaluation.planted import planted_rank
-    from heads.evaluation.results import ATTENTION
+    from heads.demo import demo_training
 
-    head = call.config.head.model_copy(update={"name": name})
-    runs = call.config.runs.model_copy(update={"suffix": name, "analyze_attention": True})
-    config = call.config.model_copy(update={"head": head, "runs": runs})
     call.tell(f"\nfeatstore train-head --model {name}")
-    run = _train(Call(config, call.project, call.as_json), by_epoch=False)
+    run, rank = demo_training(call.config, call.project, name, call.tell)
     call.tell(run.to_text())
-    if run.interrupted is not None:
-        raise typer.Exit(128 + run.interrupted)
-    rank = planted_rank(run.run.path / ATTENTION, call.project / "planted.csv")
+    if rank is None:
+        raise typer.Exit(128 + (run.interrupted or 0))
     call.tell(f"  {rank.to_text()}")
     return {**run.to_json(), "planted": rank.to_json()}
 

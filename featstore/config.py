@@ -92,6 +92,33 @@ class StoreConfig(Section):
     format: Literal["hdf5", "zarr"] = Field("hdf5", description="file format of new parts: hdf5 | zarr")
 
 
+class ImportConfig(Section):
+    """What `featstore import` must know and foreign files do not say."""
+
+    source_format: Literal[
+        "auto", "clam", "trident", "stamp", "slideflow", "torchmil", "table", "vectors"
+    ] = Field(
+        "auto",
+        description="auto | clam | trident | stamp | slideflow | torchmil | table | vectors",
+        json_schema_extra={"alias": "from"},
+    )
+    map: str | None = Field(
+        None,
+        description="CSV with slide_id, case_id[, stain][, slice]: whose a bag is",
+        json_schema_extra=PATH,
+    )
+    default_stain: str = Field("h&e", description="stain of bags for which the map says no other")
+    encoder: str | None = Field(None, description="what made the features, if the files do not say")
+    precision: Literal["keep", "float16", "float32"] = Field(
+        "keep", description="dtype in the store: keep | float16 | float32"
+    )
+    patch_size: float | None = Field(None, gt=0, description="side of a patch in level-0 pixels")
+    mpp: float | None = Field(None, gt=0, description="micrometres a level-0 pixel")
+    on_bad: Literal["stop", "skip"] = Field(
+        "stop", description="what to do about files that cannot be used: stop | skip"
+    )
+
+
 class BackboneConfig(Section):
     """The frozen network."""
 
@@ -169,4 +196,5 @@ class FeatstoreConfig(Section):
     store: StoreConfig = StoreConfig()
     backbone: BackboneConfig = BackboneConfig()
     extract: ExtractConfig = ExtractConfig()
+    imports: ImportConfig = ImportConfig()
     split: SplitConfig = SplitConfig()

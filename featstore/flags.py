@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import typer
 from pydantic import BaseModel
@@ -24,6 +24,16 @@ from featstore.errors import ConfigError, FeatstoreError
 from featstore.strict_yaml import read_file
 
 C = TypeVar("C", bound=BaseModel)
+
+
+class Report(Protocol):
+    """What a command has to say."""
+
+    def to_text(self) -> str:
+        """For a person."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON types."""
 
 
 class Commands(TyperGroup):
@@ -66,6 +76,13 @@ class Call(Generic[C]):
     def show(self, text: str, data: dict[str, Any]) -> None:
         """Print the answer, for a person or as JSON."""
         print(json.dumps(data, indent=2, ensure_ascii=False, default=str) if self.as_json else text)
+
+    def answer(self, report: Report) -> None:
+        """Print a report; a run that a signal ended early then ends as the signal would have it."""
+        self.show(report.to_text(), report.to_json())
+        interrupted = getattr(report, "interrupted", None)
+        if interrupted is not None:
+            raise typer.Exit(128 + interrupted)
 
     def tell(self, text: str) -> None:
         """Print a remark that is no part of the answer."""
@@ -121,7 +138,7 @@ class CommandLine(Generic[C]):
         def register(function: Callable[..., None]) -> Callable[..., None]:
             own = list(inspect.signature(function).parameters.values())[1:]
             own = [p.replace(annotation=_annotations(function)[p.name]) for p in own]
-            name = function.__name__.replace("_", "-")
+            name = function.__name__.rstrip("_").replace("_", "-")
 
             def run(**values: Any) -> None:
                 mine = {p.name: values[p.name] for p in own}

@@ -17,9 +17,10 @@ def _hidden() -> bool:
 
 
 class CaseBar:
-    """A bar over the cases of a store, with the time left."""
+    """A bar over cases, or what else is counted, with the time left."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "cases") -> None:
+        self._what = what
         self._bar: Any = None
         self._task: Any = None
 
@@ -31,7 +32,7 @@ class CaseBar:
             self._bar.stop()
 
     def update(self, done: int, total: int) -> None:
-        """Show how many cases are done."""
+        """Show how many are done."""
         if self._bar is None:
             from rich.console import Console
             from rich.progress import (
@@ -45,7 +46,7 @@ class CaseBar:
             self._bar = Progress(
                 MofNCompleteColumn(),
                 BarColumn(),
-                TextColumn("cases"),
+                TextColumn(self._what),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
                 disable=_hidden(),

@@ -20,26 +20,18 @@ from featstore.cohort import (
     read_labels,
     scan,
 )
-from featstore.cohort.names import natural_sorted
+from featstore.cohort.names import natural_sorted, normalize_case
 from featstore.cohort.splits import Split, make_splits, write_splits
 from featstore.cohort.tables import write_csv
 from featstore.config import FeatstoreConfig
 from featstore.errors import CohortError, ConfigError
 from featstore.extraction import ExtractionReport, Plan, Progress, extract
-from featstore.settings import PROJECT_FILE, Leaf, leaves
+from featstore.project_file import document
+from featstore.settings import PROJECT_FILE
 from featstore.store import Store
 from featstore.store.records import read_manifest
 
 REPORTS = "reports"
-
-_HEADER = """\
-# A featstore project. In this folder every command works as typed:
-#   featstore check      what is in the cohort, what is left out and why
-#   featstore extract    every patch through the backbone, once
-#   featstore info       what the store holds
-# Lines that start with '#' show the defaults. Every setting is also a flag
-# (--batch-size 32) and can be set with --set section.key=value.
-"""
 
 
 @dataclass(frozen=True)
@@ -107,7 +99,7 @@ def init_project(config: FeatstoreConfig, project: Path, patches: Path, force: b
             "no permission to write here", where=str(project), fix="choose another folder: --project DIR"
         )
     project.mkdir(parents=True, exist_ok=True)
-    target.write_text(_document(config, classes), encoding="utf-8")
+    target.write_text(document(config, classes), encoding="utf-8")
     report.save(project / REPORTS / "check")
     return NewProject(target, report, classes)
 
@@ -229,7 +221,7 @@ def split_project(config: FeatstoreConfig, project: Path) -> WrittenSplits:
             fix="name it: --labels labels.csv",
         )
     groups = read_groups(config.groups, project, config.patches.normalize_cases)
-    cases = set(_scan(config, project).table["case_id"].cat.categories)
+    cases = _cases(config, project)
     known = {case: index for case, index in labels.by_case.items() if case in cases}
     splits = make_splits(known, groups, config.split.folds, config.split.seed, labels.class_names)
     paths = write_splits(splits, project / config.split.path)
@@ -247,6 +239,20 @@ def _strangers_to_each_other(found: Scan, labels: Labels) -> CohortError:
         where=f"file names have {patches}, …; labels.file has {table}, …",
         fix="check labels.case_column, patches.pattern and whether this is the right table",
     )
+
+
+def _cases(config: FeatstoreConfig, project: Path) -> set[str]:
+    """The cases that have patches: in the folder, or, where features were imported, in the store."""
+    store = project / config.store.path
+    if (project / config.patches.folder).is_dir() or read_manifest(store) is None:
+        return set(_scan(config, project).table["case_id"].cat.categories)
+    return set(Store.open(store).cases()) - excluded(config)
+
+
+def excluded(config: FeatstoreConfig) -> frozenset[str]:
+    """The cases that are left out, as they are spelt in a store."""
+    normalize = config.patches.normalize_cases
+    return frozenset(normalize_case(case) if normalize else case for case in config.exclude)
 
 
 def _scan(config: FeatstoreConfig, project: Path) -> Scan:
@@ -274,28 +280,3 @@ def _save_extraction(report: ExtractionReport, folder: Path) -> None:
 
 def _class_name(raw: str) -> str:
     return raw if raw and not raw[0].isdigit() else f"class_{raw}"
-
-
-def _document(config: FeatstoreConfig, classes: dict[str, list[str]]) -> str:
-    """`featstore.yaml`: every setting with its meaning; those that have their default are commented out."""
-    lines = [_HEADER]
-    section = ""
-    for leaf in leaves(type(config)):
-        if leaf.section != section:
-            section = leaf.section
-            lines.append(f"\n{section}:" if section else "")
-        holder: Any = getattr(config, leaf.section) if leaf.section else config
-        value = getattr(holder, leaf.key)
-        if leaf.path == "classes" and classes:
-            value = classes
-        lines.append(_line(leaf, value))
-    return "\n".join(lines) + "\n"
-
-
-def _line(leaf: Leaf, value: Any) -> str:
-    indent = "  " if leaf.section else ""
-    off = "# " if value == leaf.info.get_default() and leaf.path != "patches.folder" else ""
-    # YAML takes what does not print only as an escape.
-    text = json.dumps(value, ensure_ascii=False)
-    shown = "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
-    return f"{indent}# {leaf.info.description}\n{indent}{off}{leaf.key}: {shown}"

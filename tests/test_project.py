@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featstore.project import _document
+from featstore.project_file import document
 from featstore.settings import Layers, leaves
 from featstore.strict_yaml import parse, read_file
 from heads.config import Config
@@ -99,10 +99,10 @@ def test_what_init_writes_is_read_back(values: dict[str, Any]) -> None:
         holder = data.setdefault(section, {}) if section else data
         holder[key] = value
     config = Config.model_validate(data)
-    document = _document(config, {})
-    document.encode("utf-8")
+    text = document(config, {})
+    text.encode("utf-8")
     layers = Layers()
-    layers.add(Config, parse(document, "featstore.yaml"), "featstore.yaml")
+    layers.add(Config, parse(text, "featstore.yaml"), "featstore.yaml")
     assert layers.build(Config) == config
 
 

@@ -1,8 +1,7 @@
-"""Folder of PNG patches → the patch table: one row a patch, validated once, naturally ordered."""
+"""Folder of patches → the patch table: one row a patch, validated once, naturally ordered."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from featstore.cohort.geometry import KEY, read_geometry
 from featstore.cohort.names import check_id, normalize_case
 from featstore.cohort.reading import Ids, Reader, Unparsed, unparsed_error
-from featstore.cohort.walk import walk
+from featstore.cohort.walk import Found, walk
 from featstore.config import PatchesConfig
 from featstore.errors import CohortError, ConfigError
 
@@ -65,8 +64,9 @@ def scan(
     exclude: Iterable[str] = (),
     *,
     base: Path | None = None,
+    suffix: str = ".png",
 ) -> Scan:
-    """Find and read the names of all PNG files below a folder.
+    """Find and read the names of all patches' files below a folder.
 
     Args:
         folder: Searched at any depth; links to folders are followed, each folder once.
@@ -74,6 +74,7 @@ def scan(
         stains: Further stains: name → aliases.
         exclude: Case ids left out.
         base: What a relative `patches.geometry` is relative to; the working directory if None.
+        suffix: Of the files' names.
 
     Returns:
         The patch table and everything worth reporting.
@@ -82,10 +83,12 @@ def scan(
         CohortError: Folder, names, geometry or ids are not usable as they are.
         ConfigError: The pattern or the stains are not usable.
     """
-    found = walk(folder)
+    found = walk(folder, suffix)
     if not found.paths and not found.not_files:
-        raise _no_patches(folder, found.ignored)
-    result = build_table(found.paths, patches, stains, exclude, base=base, not_files=found.not_files)
+        raise _no_patches(folder, found)
+    result = build_table(
+        found.paths, patches, stains, exclude, base=base, not_files=found.not_files, suffix=suffix
+    )
     return replace(
         result,
         folder=folder,
@@ -103,21 +106,23 @@ def build_table(
     *,
     base: Path | None = None,
     not_files: Iterable[str] = (),
+    suffix: str = ".png",
 ) -> Scan:
     """Read names into a patch table, without touching any file but the geometry's.
 
     Args:
-        paths: POSIX paths of PNG files, relative to the patch folder, in any order.
+        paths: POSIX paths of the files, relative to the patch folder, in any order.
         patches: As for `scan`.
         stains: As for `scan`.
         exclude: As for `scan`.
         base: As for `scan`.
-        not_files: Paths named like PNG files that are none; they count as unparsed.
+        not_files: Paths named like such files that are none; they count as unparsed.
+        suffix: Of all names.
 
     Returns:
         As `scan`, with an empty `folder`.
     """
-    reader = Reader(patches, stains or {})
+    reader = Reader(patches, stains or {}, suffix)
     if reader.has_positions and patches.geometry is not None:
         raise ConfigError(
             "patch positions come from two sources",
@@ -129,7 +134,7 @@ def build_table(
         reader.add(path)
     reader.refuse(not_files, "not a regular file")
     if not reader.paths and not reader.unparsed:
-        raise _no_patches(Path(), Counter())
+        raise _no_patches(Path(), Found(suffix))
     if reader.unparsed and (patches.on_unparsed == "stop" or not reader.paths):
         raise unparsed_error(reader, EXAMPLES)
     wanted = _exclusions(exclude, patches.normalize_cases)
@@ -167,11 +172,12 @@ def _exclusions(cases: Iterable[str], normalize: bool) -> dict[str, str]:
     return wanted
 
 
-def _no_patches(folder: Path, ignored: Counter[str]) -> CohortError:
-    others = ", ".join(f"{n} {suffix}" for suffix, n in ignored.most_common(EXAMPLES))
+def _no_patches(folder: Path, found: Found) -> CohortError:
+    others = ", ".join(f"{n} {suffix}" for suffix, n in found.ignored.most_common(EXAMPLES))
+    kind = found.suffix.removeprefix(".").upper()
     return CohortError(
-        f"no PNG files below {folder}" + (f" (but {others})" if others else ""),
-        expected="patches named case_ID_SLICE_STAIN_patchN.png",
+        f"no {kind} files below {folder}" + (f" (but {others})" if others else ""),
+        expected=f"patches named case_ID_SLICE_STAIN_patchN{found.suffix}",
         where="patches.folder",
         fix="give the folder of patches: featstore init FOLDER, or --patches-folder FOLDER",
     )

@@ -70,9 +70,13 @@ class Reader:
     Args:
         patches: Grammar and normalisation.
         stains: Further stains: name → aliases.
+        suffix: Of all names.
     """
 
-    def __init__(self, patches: PatchesConfig, stains: Mapping[str, Iterable[str]]) -> None:
+    def __init__(
+        self, patches: PatchesConfig, stains: Mapping[str, Iterable[str]], suffix: str = ".png"
+    ) -> None:
+        self.suffix = suffix
         self.cases, self.stains, self.slices = Ids(), Ids(), Ids()
         self.patch: array[int] = array("q")
         self.x: array[float] = array("d")
@@ -103,7 +107,7 @@ class Reader:
         self.unparsed.extend(Unparsed(printable(path), reason) for path in paths)
 
     def _by_grammar(self, path: str) -> str | None:
-        stem, mark, digits = path[path.rfind("/") + 1 : -4].rpartition("_patch")
+        stem, mark, digits = path[path.rfind("/") + 1 : -len(self.suffix)].rpartition("_patch")
         if not mark:
             return "no patch number" if digits.startswith("case_") else "does not start with 'case_'"
         # The number first: an id is noted only if a patch bears it.
@@ -194,7 +198,7 @@ class Reader:
         known = ", ".join(sorted(set(self._lookup.values()), key=natural_key))
         if self._pattern is not None:
             return f"names that match {self._pattern.pattern} (stains: {known})"
-        return f"case_ID_SLICE_STAIN_patchN.png, STAIN one of {known}"
+        return f"case_ID_SLICE_STAIN_patchN{self.suffix}, STAIN one of {known}"
 
     def _kinds(self) -> dict[str, Ids]:
         return {"case": self.cases, "slice": self.slices, "stain": self.stains}

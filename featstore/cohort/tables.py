@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import io
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from featstore.errors import CohortError, escape_controls
 
 _SEPARATORS = ",;\t"
 _FORMULA_STARTS = ("=", "+", "-", "@")
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 
 
 class Table:
@@ -138,10 +140,13 @@ def printable(text: str) -> str:
 
 
 def safe_cell(value: object) -> object:
-    """A cell that no spreadsheet takes for a formula: text starting with = + - @ gets a quote."""
-    if isinstance(value, str) and value.lstrip("\t\r\n ").startswith(_FORMULA_STARTS):
-        return "'" + value
-    return value
+    """A cell that no spreadsheet takes for a formula: text starting with = + - @ gets a quote.
+
+    Plain numbers, such as a class -1, stay as they are.
+    """
+    if not isinstance(value, str) or _NUMBER.fullmatch(value):
+        return value
+    return "'" + value if value.lstrip("\t\r\n ").startswith(_FORMULA_STARTS) else value
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -1,4 +1,4 @@
-"""Finding the PNG files below a folder."""
+"""Finding the patches' files below a folder."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ _LEADS_NOWHERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 @dataclass
 class Found:
-    """PNG files below a folder, POSIX paths relative to it, and what was passed over.
+    """Files of a kind below a folder, POSIX paths relative to it, and what was passed over.
 
     Attributes:
-        paths: Files, and links to files, named .png.
-        not_files: Pipes, sockets and devices named .png, which no reader may open: it could hang.
+        suffix: Of their names.
+        paths: Files, and links to files, of that name.
+        not_files: Pipes, sockets and devices of that name, which no reader may open: it could hang.
         ignored: Suffix (or `hidden`, `litter folder`) → number of entries.
         links_skipped: Links to folders already listed, and broken links.
         broken_links: Those of them that lead nowhere.
     """
 
+    suffix: str = ".png"
     paths: list[str] = field(default_factory=list)
     not_files: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
@@ -35,12 +37,16 @@ class Found:
     broken_links: list[str] = field(default_factory=list)
 
 
-def walk(folder: Path) -> Found:
-    """List all PNG files below a folder, without a look at the files themselves.
+def walk(folder: Path, suffix: str = ".png") -> Found:
+    """List all files of a kind below a folder, without a look at the files themselves.
 
     Real folders come first, so that a link never hides a real path; each folder is
     listed once, so that links cannot loop. Hidden files, hidden folders and other
     systems' litter are counted and passed over.
+
+    Args:
+        folder: Searched at any depth.
+        suffix: Of the names that are wanted, in lower case; theirs may be in any.
 
     Raises:
         CohortError: The folder, or any below it, cannot be read.
@@ -56,7 +62,7 @@ def walk(folder: Path) -> Found:
             where="patches.folder",
             fix="give the folder of patches: featstore init FOLDER, or --patches-folder FOLDER",
         )
-    found = Found()
+    found = Found(suffix)
     seen = {(status.st_dev, status.st_ino)}
     folders, links = [""], list[str]()
     while folders or links:
@@ -111,7 +117,7 @@ def _sort_in(entry: os.DirEntry[str], prefix: str, found: Found) -> None:
     name = entry.name
     if name.startswith("."):
         found.ignored["hidden"] += 1
-    elif name[-4:].lower() != ".png":
+    elif not name.lower().endswith(found.suffix):
         found.ignored[os.path.splitext(name)[1].lower() or "no suffix"] += 1
     elif entry.is_file():  # known from the listing itself; only links cost a look, already taken
         found.paths.append(prefix + name)

@@ -17,6 +17,7 @@ from featstore import __version__
 from featstore.backbones import Backbone, build_backbone
 from featstore.cohort.patches import Scan, scan
 from featstore.config import FeatstoreConfig
+from featstore.errors import FingerprintMismatch
 from featstore.extraction import forward
 from featstore.extraction.committer import Committer
 from featstore.extraction.pipeline import Observer, Progress, run_pass
@@ -142,9 +143,16 @@ def extract(
     found = scan(
         project / config.patches.folder, config.patches, config.stains, config.exclude, base=project
     )
-    backbone = build_backbone(config.backbone, project)
     path = project / config.store.path
     existing = read_manifest(path)
+    if existing is not None and existing.is_imported:
+        raise FingerprintMismatch(
+            f"the store's embeddings were imported ({existing.backbone})",
+            expected="a store that `featstore extract` filled, or none",
+            where=str(path),
+            fix="extract into another store: --store-path FOLDER",
+        )
+    backbone = build_backbone(config.backbone, project)
     spec = backbone.spec(
         channel_order=config.images.channel_order,
         compute_dtype=forward.choose_compute_dtype(
