@@ -119,13 +119,20 @@ def check_project(
     Raises:
         FeatstoreError: The patches or labels cannot be used.
     """
+    path = project / config.store.path
+    existing = read_manifest(path)
+    if existing is not None and existing.is_imported and not (project / config.patches.folder).is_dir():
+        raise CohortError(
+            f"there are no patches to check: the embeddings were imported ({existing.backbone})",
+            where=f"patches.folder ({config.patches.folder})",
+            fix="`featstore info` and `featstore verify` look at the store; `featstore split` at its cases",
+        )
     found = found or _scan(config, project)
     labels = _labels(config, project)
     groups = read_groups(config.groups, project, config.patches.normalize_cases)
     if labels is not None and not set(found.table["case_id"].cat.categories) & labels.known:
         raise _strangers_to_each_other(found, labels)
-    path = project / config.store.path
-    quality = Store.open(path).table() if read_manifest(path) is not None else None
+    quality = None if existing is None else Store.open(path).table()
     return check_cohort(found, labels, groups, config.images, caps=caps, quality=quality, sample=sample)
 
 

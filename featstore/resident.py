@@ -100,7 +100,10 @@ class CaseBags:
         return self.resident[start : start + len(self.outlines[case])]
 
     def batch(self, bags: Sequence[Bag]) -> BagBatch:
-        """Lay outlines, or parts of them, end to end and fill in their embeddings."""
+        """Lay outlines, or parts of them, end to end and fill in their embeddings.
+
+        ``features`` are to be read only: those of a whole case may be the resident ones themselves.
+        """
         batch = collate(bags)
         if self.device.type == "cuda":
             batch = batch.pin_memory()

@@ -160,6 +160,15 @@ def test_a_second_encoder_is_refused_with_another_store_as_the_way_out(tmp_path:
     assert_same(rows_of(tmp_path), alone(FEATURES), "float32")
 
 
+def test_an_imported_project_has_nothing_to_extract_or_check(tmp_path: Path) -> None:
+    write_trident(tmp_path / "a", FEATURES, "uni_v1")
+    succeeded(tmp_path, "import", "a")
+    refused(tmp_path, "extract", says=("imported (imported:trident:uni_v1)", "--store-path"))
+    refused(tmp_path, "check", says=("no patches to check", "featstore info"))
+    assert "another tool made the embeddings" in succeeded(tmp_path, "info").stdout
+    assert succeeded(tmp_path, "verify", "--full").returncode == 0
+
+
 # Training
 
 

@@ -140,9 +140,6 @@ def extract(
     """
     device = forward.choose_device(config.extract.device)
     shard = parse_shard(config.extract.shard)
-    found = scan(
-        project / config.patches.folder, config.patches, config.stains, config.exclude, base=project
-    )
     path = project / config.store.path
     existing = read_manifest(path)
     if existing is not None and existing.is_imported:
@@ -152,6 +149,9 @@ def extract(
             where=str(path),
             fix="extract into another store: --store-path FOLDER",
         )
+    found = scan(
+        project / config.patches.folder, config.patches, config.stains, config.exclude, base=project
+    )
     backbone = build_backbone(config.backbone, project)
     spec = backbone.spec(
         channel_order=config.images.channel_order,

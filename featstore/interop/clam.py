@@ -8,9 +8,12 @@ Source: github.com/mahmoodlab/CLAM, `extract_features_fp.py`.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 from featstore.interop import hdf5_files
-from featstore.interop.source import Contents, Entry, Options, Source, boxes, files_named
+from featstore.interop.source import Entry, Options, Places, Source, boxes, files_named
 from featstore.interop.tensors import read_tensor, tensor_shape
 
 H5, PT = "h5_files", "pt_files"
@@ -54,22 +57,34 @@ class Clam(Source):
     def look(self, name: str, path: str) -> Entry:
         """Shape and dtype of a slide's features."""
         file = self.root / path
-        if path.endswith(".h5"):
-            with hdf5_files.opened(file) as opened:
-                data = hdf5_files.matrix(opened, "features", file)
-                coords = hdf5_files.coordinates(opened, file, data.shape[0])
-                if coords is not None and "patch_size_level0" in opened["coords"].attrs:
-                    raise self.problem(file, "a file of TRIDENT's stands among CLAM's")
-                return self.entry(name, path, data.shape, data.dtype.name)
-        return self.entry(name, path, *tensor_shape(file))
+        if not path.endswith(".h5"):
+            return self.entry(name, path, *tensor_shape(file))
+        with hdf5_files.opened(file) as opened:
+            data = hdf5_files.matrix(opened, "features", file)
+            found = self.entry(name, path, data.shape, data.dtype.name)
+            coords = hdf5_files.coordinates(opened, file)
+            if coords is not None and "patch_size_level0" in opened["coords"].attrs:
+                raise self.problem(file, "a file of TRIDENT's stands among CLAM's")
+        if coords is not None:
+            self.checked_coords(file, coords, found.rows)
+        return found
 
-    def read(self, entry: Entry) -> Contents:
-        """A slide's features, and its coordinates where it has them."""
+    def features(self, entry: Entry) -> NDArray[Any]:
+        """A slide's features."""
         file = self.root / entry.path
         if entry.path.endswith(".pt"):
-            return self.one_file(entry, read_tensor(file))
+            return read_tensor(file)
         with hdf5_files.opened(file) as opened:
-            features = hdf5_files.matrix(opened, "features", file)[()]
-            coords = hdf5_files.coordinates(opened, file, len(features))
-        corners = None if coords is None else boxes(coords, self.options.patch_size)
-        return self.one_file(entry, features, corners)
+            found: NDArray[Any] = hdf5_files.matrix(opened, "features", file)[()]
+        return found
+
+    def places(self, entry: Entry) -> Places:
+        """A slide's coordinates, where it has any."""
+        file = self.root / entry.path
+        if entry.path.endswith(".pt"):
+            return Places()
+        with hdf5_files.opened(file) as opened:
+            coords = hdf5_files.coordinates(opened, file)
+        if coords is None:
+            return Places()
+        return Places(boxes(self.checked_coords(file, coords, entry.rows), self.options.patch_size))

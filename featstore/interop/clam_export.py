@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from featstore.cohort.names import id_problem
 from featstore.cohort.splits import Split
 from featstore.errors import StoreError
 from featstore.interop.clam import H5, PT
@@ -24,6 +25,8 @@ from featstore.store import Store
 from featstore.store.format import GEOMETRY_COLUMNS
 
 _SPLITS = "splits"
+# A file's name has at most 255 bytes, its suffix among them.
+_LONGEST_NAME = 250
 
 
 @dataclass
@@ -144,6 +147,17 @@ def _bags(store: Store, case: str, by: str) -> Iterator[_Bag]:
 def _refuse_clashes(bags: Sequence[_Bag], folder: Path) -> None:
     seen: dict[str, _Bag] = {}
     for bag in bags:
+        # Names become files: an id that a store holds safely could lead out of the folder here.
+        reason = id_problem(bag.name)
+        if reason is None and len(bag.name.encode()) > _LONGEST_NAME:
+            reason = f"is longer than {_LONGEST_NAME} bytes"
+        if reason is not None:
+            raise StoreError(
+                f"the name {bag.name[:60]!a} of slice {bag.slice_id[:60]!a} {reason}",
+                expected="names that can be names of files",
+                where=f"case {bag.case[:60]!a}",
+                fix="leave the case out (exclude), or export by case: --by case",
+            )
         other = seen.setdefault(bag.name.casefold(), bag)
         if other is not bag:
             raise StoreError(
@@ -164,6 +178,9 @@ def _top_left(table: Any, odd: set[str]) -> NDArray[np.int32] | None:
     found: NDArray[np.float64] = np.nanmin(corners, axis=1)
     if not np.array_equal(found, corners[:, 0]):
         odd.add("of rotated patches the upright box around them is kept: its top left corner")
+    if (np.abs(found) >= 2**31 - 1).any():
+        odd.add("bags with positions beyond 32 bits have no coords")
+        return None
     if not np.array_equal(found, np.round(found)):
         odd.add("coordinates are rounded to whole pixels")
     return np.round(found).astype(np.int32)

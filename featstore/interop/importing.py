@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 from featstore import __version__
 from featstore.cohort.names import natural_sorted
 from featstore.errors import FeatstoreError
-from featstore.interop.listing import blame, list_bags, of_one_dim, problem_of
+from featstore.interop.listing import blame, list_bags, of_one_dim, problem_of, refuse_moved
 from featstore.interop.placing import Placing
 from featstore.interop.report import ImportReport, Skipped, Target
-from featstore.interop.source import Contents, Entry, ImportProblem, Key, Source
+from featstore.interop.source import Contents, Entry, ImportProblem, Key, Places, Source
 from featstore.process import stop_on_signal
 from featstore.quality import QUALITY_COLUMNS
 from featstore.spec import EmbeddingSpec
 from featstore.store import Slice, Store, StoreWriter
+from featstore.store.format import COORDS_COLUMNS, GEOMETRY_COLUMNS
 from featstore.store.records import read_manifest
 from featstore.store.writer import check_writable
 
@@ -35,8 +36,9 @@ def import_bags(
 ) -> ImportReport:
     """Write all bags of a source that the store does not have.
 
-    Every bag's header is read before anything is written. A slice is committed whole; a case's
-    slices together, up to about ``part_bytes``.
+    Every bag's header is read before anything is written (of vectors, the first of each slice). A
+    slice is committed whole, and in one step with what it replaces; a case's slices together, up to
+    about ``part_bytes``.
 
     Args:
         source: The foreign folder or file.
@@ -59,7 +61,8 @@ def import_bags(
         raise source.problem(source.root, "no bag is left to import", "at least one that can be used")
     excluded = len(entries) - len(wanted)
     wanted = of_one_dim(source, target, wanted, skipped)
-    spec = _spec(source, target, list(wanted.values()))
+    existing = read_manifest(target.path)
+    spec = _spec(source, target, list(wanted.values()), existing)
     report = ImportReport(source.format, spec, target.path, skipped=skipped, notes=source.notes)
     report.excluded = excluded
     if unused := placing.unused(entries.values()):
@@ -67,7 +70,9 @@ def import_bags(
         report.notes.append(f"the map names {len(unused):,} bags that are not there ({shown})")
     report.labels = _labels(source, wanted)
     check_writable(target.path, spec)
-    old = Store.open(target.path) if read_manifest(target.path) is not None else None
+    old = None if existing is None else Store.open(target.path)
+    if old is not None:
+        refuse_moved(source, wanted, old)
 
     @cache
     def writer() -> StoreWriter:  # makes the store: not before there is something to write
@@ -76,19 +81,31 @@ def import_bags(
     with stop_on_signal() as received:
         _write(source, writer, old, wanted, target, report, observe, lambda: bool(received))
         report.interrupted = next(iter(received), None)
+    if skipped and not report.bags + report.already and report.interrupted is None:
+        raise source.problem(source.root / skipped[0][0], f"no bag could be used: {skipped[0][1]}")
     report.seconds = time.monotonic() - started
     return report
 
 
-def _spec(source: Source, target: Target, entries: Sequence[Entry]) -> EmbeddingSpec:
+def _spec(
+    source: Source, target: Target, entries: Sequence[Entry], existing: EmbeddingSpec | None
+) -> EmbeddingSpec:
     """What is known of the embeddings."""
     dtypes = {entry.dtype for entry in entries}
     dtype = target.precision
     if dtype == "keep":
-        dtype = "float16" if dtypes == {"float16"} else "float32"
+        half = dtypes == {"float16"}
+        # A store of float32 takes float16 as it is; the other way round would lose digits.
+        into_wider = existing is not None and existing.stored_dtype == "float32"
+        dtype = "float16" if half and not into_wider else "float32"
     if other := sorted(dtypes - {dtype}):
         source.notes.append(f"{', '.join(other)} features are stored as {dtype}")
-    return EmbeddingSpec.imported(source.format, target.encoder or source.encoder, entries[0].dim, dtype)
+    encoder = target.encoder or source.encoder
+    if encoder is None:
+        source.notes.append(
+            "the files do not say what made the features; --encoder NAME keeps those of others out"
+        )
+    return EmbeddingSpec.imported(source.format, encoder, entries[0].dim, dtype)
 
 
 def _labels(source: Source, wanted: Mapping[Key, Entry]) -> dict[str, str]:
@@ -134,47 +151,29 @@ def _write(
     for case, members in groupby(wanted.items(), key=lambda item: item[0].case):
         there = _there(old, case) if old is not None and case in known else {}
         pending: list[Slice] = []
-        stale: dict[tuple[str, str, int], bytes] = {}
         for key, entry in members:
             if stopped():
                 break
             item = _slice(source, key, entry, there, target, report)
             if item is not None:
                 pending.append(item)
-                if entry.key is None:  # one file is the whole slice: rows it had before are gone
-                    stale |= _stale(there.get((key.stain, key.slice_id)), item)
             if sum(kept.columns["features"].nbytes for kept in pending) >= target.part_bytes:
-                _commit(writer(), case, pending, stale, report)
-                pending, stale = [], {}
+                _commit(writer(), case, pending, source, report)
+                pending = []
             done += 1
             observe(done, len(wanted))
         if pending:
-            _commit(writer(), case, pending, stale, report)
+            _commit(writer(), case, pending, source, report)
         if stopped():
             return
 
 
 def _commit(
-    writer: StoreWriter,
-    case: str,
-    pending: Sequence[Slice],
-    stale: Mapping[tuple[str, str, int], bytes],
-    report: ImportReport,
+    writer: StoreWriter, case: str, pending: Sequence[Slice], source: Source, report: ImportReport
 ) -> None:
-    if stale:
-        writer.drop(case, stale)
-    writer.commit(case, pending)
+    report.replaced += writer.commit(case, pending, whole=source.holds_whole_slices)
     report.bags += len(pending)
     report.patches += sum(len(item.patch) for item in pending)
-
-
-def _stale(rows: pd.DataFrame | None, item: Slice) -> dict[tuple[str, str, int], bytes]:
-    """Rows of a slice that its file no longer has."""
-    if rows is None:
-        return {}
-    gone = rows[~rows["patch"].isin(item.patch)]
-    pairs = zip(gone["patch"].tolist(), gone["sha256"], strict=True)
-    return {(item.stain, item.slice_id, patch): digest for patch, digest in pairs}
 
 
 def _there(old: Store, case: str) -> Mapping[tuple[str, str], pd.DataFrame]:
@@ -193,28 +192,21 @@ def _slice(
 ) -> Slice | None:
     """A bag ready for its commit; None where the store has it, or it is skipped."""
     rows = there.get((key.stain, key.slice_id))
-    given = source.options.patch_size is not None or source.options.mpp is not None
     try:
         states = source.states(entry)
-        if rows is not None and entry.key is not None:  # a patch whose file is gone stays
+        if rows is not None and not source.holds_whole_slices:  # a patch whose file is gone stays
             rows = rows[rows["path"].isin(list(states))]
         same = rows is not None and _same_files(rows, states, entry.rows)
-        if same and not given:
+        if same and rows is not None and _same_places(rows, source.places(entry)):
             report.already += 1
             return None
-        contents = source.read(entry)
-        item = _columns(source, key, entry, contents, report.spec)
-    except (FeatstoreError, OSError) as error:
+        return _columns(source, key, source.read(entry), report.spec)
+    except (FeatstoreError, OSError, MemoryError) as error:
         problem = problem_of(source, entry.path, error)
         if not target.skip_bad:
             raise problem from error
         report.skipped.append(blame(source, entry.path, problem))
         return None
-    # With --patch-size or --mpp the same file may give other corners than before.
-    if same and rows is not None and _same_corners(rows, contents):
-        report.already += 1
-        return None
-    return item
 
 
 def _same_files(rows: pd.DataFrame, states: Mapping[str, tuple[int, int]], count: int) -> bool:
@@ -222,13 +214,20 @@ def _same_files(rows: pd.DataFrame, states: Mapping[str, tuple[int, int]], count
     return len(rows) == count and all(states.get(path) == state for path, state in here)
 
 
-def _same_corners(rows: pd.DataFrame, contents: Contents) -> bool:
-    stored = rows[[f"{axis}{i}" for i in range(4) for axis in "xy"]].to_numpy(np.float64)
-    corners = np.full_like(stored, np.nan) if contents.corners is None else contents.corners
-    return np.array_equal(stored, corners, equal_nan=True)
+def _same_places(rows: pd.DataFrame, places: Places) -> bool:
+    """Whether the store has these positions: they may come from other files, or from options.
+
+    What is not known now (no --patch-size this time) is no news.
+    """
+    pairs = ((GEOMETRY_COLUMNS, places.corners), (COORDS_COLUMNS, places.coords))
+    for columns, values in pairs:
+        stored = rows[list(columns)].to_numpy(np.float64)
+        if values is not None and not ((stored == values) | np.isnan(values)).all():
+            return False
+    return True
 
 
-def _columns(source: Source, key: Key, entry: Entry, contents: Contents, spec: EmbeddingSpec) -> Slice:
+def _columns(source: Source, key: Key, contents: Contents, spec: EmbeddingSpec) -> Slice:
     columns: dict[str, NDArray[Any]] = {
         "features": _cast(source, contents, spec.stored_dtype),
         "patch": contents.patch,
@@ -237,7 +236,8 @@ def _columns(source: Source, key: Key, entry: Entry, contents: Contents, spec: E
         "source_stat": np.ascontiguousarray(contents.stat),
         "source_sha256": np.ascontiguousarray(contents.sha256),
     }
-    for name, values in (("geometry", contents.corners), ("coords", contents.coords)):
+    places = contents.places
+    for name, values in (("geometry", places.corners), ("coords", places.coords)):
         if values is not None:
             columns[name] = values
     return Slice(key.stain, key.slice_id, columns)

@@ -14,6 +14,7 @@ from featstore.errors import FeatstoreError
 from featstore.interop.placing import Placing
 from featstore.interop.report import Skipped, Target
 from featstore.interop.source import Entry, ImportProblem, Key, Source
+from featstore.store import Store
 
 
 def list_bags(
@@ -35,7 +36,7 @@ def list_bags(
         try:
             entry = source.look(name, path)
             key = placing.key(entry)
-        except (FeatstoreError, OSError) as error:
+        except (FeatstoreError, OSError, MemoryError) as error:
             problem = problem_of(source, path, error)
             first = first or problem
             skipped.append(blame(source, path, problem))
@@ -91,8 +92,46 @@ def of_one_dim(
     return {key: entry for key, entry in wanted.items() if entry.dim == usual}
 
 
-def problem_of(source: Source, path: str, error: FeatstoreError | OSError) -> FeatstoreError:
+def refuse_moved(source: Source, wanted: Mapping[Key, Entry], old: Store) -> None:
+    """Refuse bags that the store has as another case, stain or slice: they would be there twice.
+
+    Raises:
+        ImportProblem: There is such a bag; says where it is.
+    """
+    known = set(old.cases())
+    if all(key.case in known and _has(old, key) for key in wanted):
+        return
+    rows = old.sources()
+    whole = rows.drop_duplicates(["case_id", "stain", "slice_id", "path"])
+    homes: dict[tuple[str, int, int], list[Key]] = {}
+    columns = ["case_id", "stain", "slice_id", "path", "size", "mtime_ns"]
+    for case, stain, slice_id, path, size, mtime in whole[columns].itertuples(index=False):
+        homes.setdefault((path, size, mtime), []).append(Key(case, stain, slice_id))
+    for key, entry in wanted.items():
+        places = homes.get((entry.path, *source.states(entry)[entry.path]), [])
+        # All bags of a table come from one file: there the slice says which bag it is.
+        others = [other for other in places if other.slice_id == key.slice_id or not source.is_one_file]
+        if key not in places and others:
+            there = others[0]
+            raise ImportProblem(
+                f"the bag {entry.name!r} is in the store already, as slice {there.slice_id} of stain "
+                f"{there.stain} in case {there.case}",
+                expected=f"it to be slice {key.slice_id} of stain {key.stain} in case {key.case} only",
+                where=str(source.root / entry.path),
+                fix=f"take it out there first (featstore rm --case {there.case} --slice {there.slice_id} "
+                "--apply), or import into another store (--store-path FOLDER)",
+            )
+
+
+def _has(old: Store, key: Key) -> bool:
+    groups = (group for part in old.record(key.case).parts for group in part.groups)
+    return any((group.stain, group.slice_id) == (key.stain, key.slice_id) for group in groups)
+
+
+def problem_of(source: Source, path: str, error: FeatstoreError | OSError | MemoryError) -> FeatstoreError:
     """An error that names its file, also where the system raised it."""
+    if isinstance(error, MemoryError):
+        return source.problem(source.root / path, "there is too little memory for this bag", "more of it")
     if isinstance(error, FeatstoreError):
         if error.where == path:
             error.where = str(source.root / path)

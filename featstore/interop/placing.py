@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ _COLUMNS = {
     "stain": ("stain",),
     "slice": ("slice_id", "slice"),
 }
+
+# Of bags' files, and of the slides that tables often name in their place.
+_SUFFIXES = (".h5", ".pt", ".npy", ".svs", ".ndpi", ".tif", ".tiff", ".mrxs", ".scn", ".vms", ".bif")
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,10 @@ class Placing:
         if self._map is not None:
             found = self._map.get(entry.name)
             if found is None:
+                near = difflib.get_close_matches(entry.name, self._map, n=1)
+                hint = f" (nearest: {near[0]!r})" if near else ""
                 raise ImportProblem(
-                    f"the map does not name the bag {entry.name!r}",
+                    f"the map does not name the bag {entry.name!r}{hint}",
                     expected="a row for every bag",
                     where=f"{self._table}, for {entry.path}",
                     fix="add it there, or leave such bags out with --on-bad skip",
@@ -115,7 +121,7 @@ def _read_map(path: Path) -> Mapping[str, _Row]:
             return "" if place is None else cells[place]
 
         name = cell("bag")
-        for suffix in (".h5", ".pt", ".npy"):
+        for suffix in _SUFFIXES:
             name = name.removesuffix(suffix)
         row = _Row(cell("case"), cell("stain") or None, cell("slice") or None)
         if found.setdefault(name, row) != row:

@@ -68,20 +68,40 @@ def import_project(
 def _settle(config: FeatstoreConfig, project: Path, report: ImportReport) -> None:
     """Write the labels that came with the features, and a project file where there is none."""
     values = config.model_dump()
-    if report.labels and config.labels.file is None:
-        path, header = project / _LABELS, ["Case", "Class"]
-        if path.exists():
-            report.notes.append(f"the labels that came along are not written: there is a {path} already")
-        else:
-            write_csv(path, header, list(report.labels.items()))
-            report.notes.append(f"the labels that came along are in {path}")
-            values["labels"] = {"file": _LABELS, "case_column": header[0], "class_column": header[1]}
+    path, header = project / _LABELS, ["Case", "Class"]
+    if report.labels and config.labels.file is not None:
+        _compare_labels(config, project, report)
+    elif report.labels and path.exists():
+        report.notes.append(f"the labels that came along are not written: there is a {path} already")
+    elif report.labels:
+        write_csv(path, header, list(report.labels.items()))
+        report.notes.append(f"the labels that came along are in {path}")
+        values["labels"] = {"file": _LABELS, "case_column": header[0], "class_column": header[1]}
     target = project / PROJECT_FILE
     if not target.exists():
         target.write_text(document(type(config).model_validate(values)), encoding="utf-8")
         report.notes.append(f"wrote {target}; next: featstore train-head" + _labels_hint(values))
     elif values != config.model_dump():
         report.notes.append(f"to train on them: --labels {_LABELS}, or name them in {target}")
+
+
+def _compare_labels(config: FeatstoreConfig, project: Path, report: ImportReport) -> None:
+    """Tell where the project's table and the labels that came along differ; the table stays as it is."""
+    try:
+        found = read_labels(config.labels, {}, project, config.patches.normalize_cases)
+    except FeatstoreError as error:  # the embeddings are in; whoever trains is told again
+        report.notes.append(f"the labels that came along are not compared: {error.found}")
+        return
+    there = {case: found.class_names[index] for case, index in found.by_case.items()}
+    missing = [case for case in report.labels if case not in there]
+    other = [case for case, label in report.labels.items() if there.get(case, label) != label]
+    for cases, what in ((missing, "lacks"), (other, "has another class for")):
+        if cases:
+            shown = ", ".join(cases[:5]) + (", …" if len(cases) > 5 else "")
+            report.notes.append(
+                f"{config.labels.file} {what} {len(cases):,} cases whose labels came along ({shown}); "
+                "it is left as it is: mend it before you train"
+            )
 
 
 def _labels_hint(values: dict[str, dict[str, object]]) -> str:

@@ -45,6 +45,7 @@ class ImportReport:
         bags: Bags committed now.
         patches: Embeddings committed now.
         already: Bags that the store had from the same files.
+        replaced: Embeddings that the store had of the same bags, from other files or otherwise placed.
         excluded: Bags of excluded cases.
         skipped: (file, reason) of every bag left out.
         notes: What a person should know.
@@ -59,6 +60,7 @@ class ImportReport:
     bags: int = 0
     patches: int = 0
     already: int = 0
+    replaced: int = 0
     excluded: int = 0
     skipped: Skipped = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -75,6 +77,8 @@ class ImportReport:
         ]
         if self.already:
             lines.append(f"{self.already:,} bags were there already, from the same files")
+        if self.replaced:
+            lines.append(f"{self.replaced:,} embeddings that were there of these bags were replaced")
         if self.excluded:
             lines.append(f"{self.excluded:,} bags of excluded cases were left out")
         if self.skipped:
@@ -97,6 +101,7 @@ class ImportReport:
             "bags": self.bags,
             "patches": self.patches,
             "already_done": self.already,
+            "replaced": self.replaced,
             "excluded": self.excluded,
             "skipped": [{"path": path, "reason": reason} for path, reason in self.skipped],
             "notes": self.notes,

@@ -14,10 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.interop.hdf5_files import number
-from featstore.interop.source import Contents, Entry, ImportProblem, Options, Source, boxes, files_named
+from featstore.interop.arrays import load_numpy
+from featstore.interop.source import (
+    Entry,
+    ImportProblem,
+    Options,
+    Places,
+    Source,
+    boxes,
+    files_named,
+    number,
+)
 from featstore.interop.tensors import read_tensor, tensor_shape
-from featstore.interop.torchmil import load_numpy
 
 _CONFIG, _INDEX = "bags_config.json", ".index.npz"
 
@@ -79,21 +87,17 @@ class Slideflow(Source):
         self._index(name, found.rows)
         return found
 
-    def read(self, entry: Entry) -> Contents:
-        """A slide's features and the centres of its tiles."""
-        features = read_tensor(self.root / entry.path)
+    def features(self, entry: Entry) -> NDArray[Any]:
+        """A slide's features."""
+        return read_tensor(self.root / entry.path)
+
+    def places(self, entry: Entry) -> Places:
+        """The centres of a slide's tiles, and their corners where their size is known."""
         coords = self._index(entry.name, entry.rows)
-        corners = None
-        if coords is not None and self._size is not None:
-            corners = boxes(coords - self._size / 2, self._size)
-        return self.one_file(entry, features, corners, coords)
+        if coords is None or self._size is None:
+            return Places(None, coords)
+        return Places(boxes(coords - self._size / 2, self._size), coords)
 
     def _index(self, name: str, rows: int) -> NDArray[np.float64] | None:
         path = self.root / f"{name}{_INDEX}"
-        if not path.is_file():
-            return None
-        found: Any = load_numpy(path, "arr_0")
-        if found.shape != (rows, 2) or found.dtype.kind not in "fiu":
-            raise self.problem(path, f"arr_0 of the shape {found.shape}", f"({rows}, 2) numbers")
-        coords: NDArray[np.float64] = found.astype(np.float64)
-        return coords
+        return self.checked_coords(path, load_numpy(path, "arr_0"), rows) if path.is_file() else None

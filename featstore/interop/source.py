@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -72,6 +73,19 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where the patches of a bag lie (N patches).
+
+    Attributes:
+        corners: (N, 8) float64 in level-0 pixels; NaN where not known, None if none is.
+        coords: (N, 2) float64, what the file says, where `corners` does not hold all of it.
+    """
+
+    corners: NDArray[np.float64] | None = None
+    coords: NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True)
 class Contents:
     """One bag that has been read (N patches, D features).
 
@@ -81,8 +95,7 @@ class Contents:
         names: N names of the files that the rows come from, relative to the root.
         stat: (N, 2) int64, their sizes in bytes and modification times in ns.
         sha256: (N, 32) uint8, of their bytes.
-        corners: (N, 8) float64 in level-0 pixels; NaN where not known, None if none is.
-        coords: (N, 2) float64, what the file says, where `corners` does not hold all of it.
+        places: Where they lie.
     """
 
     features: NDArray[Any]
@@ -90,8 +103,7 @@ class Contents:
     names: Sequence[str]
     stat: NDArray[np.int64]
     sha256: NDArray[np.uint8]
-    corners: NDArray[np.float64] | None = None
-    coords: NDArray[np.float64] | None = None
+    places: Places
 
 
 class Source(ABC):
@@ -110,6 +122,10 @@ class Source(ABC):
 
     format: ClassVar[str]
     layout: ClassVar[str]
+    # Whether a bag is all that there is of its slice, so that rows it had before are gone.
+    holds_whole_slices: ClassVar[bool] = True
+    # Whether one file holds all bags.
+    is_one_file: ClassVar[bool] = False
 
     def __init__(self, root: Path, options: Options) -> None:
         self.root = root
@@ -120,7 +136,7 @@ class Source(ABC):
         self.coords_meaning = ""
         self.details: dict[str, Any] = {}
         # Of the last file: a table holds thousands of bags, and is hashed once.
-        self._hashed: tuple[Path, int, int, bytes] | None = None
+        self._hashed: tuple[Path, tuple[int, int], bytes] | None = None
 
     @classmethod
     @abstractmethod
@@ -144,12 +160,47 @@ class Source(ABC):
         """
 
     @abstractmethod
+    def features(self, entry: Entry) -> NDArray[Any]:
+        """(N, D) features of one bag.
+
+        Raises:
+            FeatstoreError: The file cannot be read.
+        """
+
+    def places(self, entry: Entry) -> Places:
+        """Where a bag's patches lie, without its features.
+
+        Raises:
+            FeatstoreError: The file cannot be read, or has something else than one pair a patch.
+        """
+        return Places()
+
     def read(self, entry: Entry) -> Contents:
-        """One bag.
+        """One bag; here of a format in which all its rows come from one file.
 
         Raises:
             FeatstoreError: The file cannot be read, or is not what it was when it was listed.
         """
+        path = self.root / entry.path
+        state = self.states(entry)[entry.path]
+        features, places = self.features(entry), self.places(entry)
+        if features.shape != (entry.rows, entry.dim):
+            expected = f"{(entry.rows, entry.dim)}, as when it was listed"
+            raise self.problem(path, f"features of the shape {features.shape}", expected)
+        hashed = self._hashed
+        if hashed is None or hashed[:2] != (path, state):
+            hashed = self._hashed = (path, state, file_sha256(path))
+        if file_state(path) != state:
+            raise self.problem(path, "the file changes while it is being read", "a file that is finished")
+        rows = len(features)
+        return Contents(
+            features=features,
+            patch=np.arange(rows, dtype=np.int64),
+            names=[entry.path] * rows,
+            stat=np.broadcast_to(np.array(state, np.int64), (rows, 2)),
+            sha256=np.broadcast_to(np.frombuffer(hashed[2], np.uint8), (rows, 32)),
+            places=places,
+        )
 
     def entry(self, name: str, path: str, shape: Sequence[int], dtype: str) -> Entry:
         """A bag by the shape of its features, which must be (N, D), and their dtype.
@@ -167,8 +218,7 @@ class Source(ABC):
 
     def states(self, entry: Entry) -> Mapping[str, tuple[int, int]]:
         """Size in bytes and modification time in ns of the bag's files, by name; reads none."""
-        found = os.stat(self.root / entry.path)
-        return {entry.path: (found.st_size, found.st_mtime_ns)}
+        return {entry.path: file_state(self.root / entry.path)}
 
     def problem(self, path: Path, found: str, expected: str = "") -> ImportProblem:
         """An error about one file of this source."""
@@ -180,32 +230,26 @@ class Source(ABC):
             "another layout: --from FORMAT",
         )
 
-    def one_file(
-        self,
-        entry: Entry,
-        features: NDArray[Any],
-        corners: NDArray[np.float64] | None = None,
-        coords: NDArray[np.float64] | None = None,
-    ) -> Contents:
-        """The contents of a bag whose rows all come from one file."""
-        path = self.root / entry.path
-        if features.shape != (entry.rows, entry.dim):
-            expected = f"{(entry.rows, entry.dim)}, as when it was listed"
-            raise self.problem(path, f"features of the shape {features.shape}", expected)
-        state = os.stat(path)
-        hashed = self._hashed
-        if hashed is None or hashed[:3] != (path, state.st_size, state.st_mtime_ns):
-            hashed = self._hashed = (path, state.st_size, state.st_mtime_ns, file_sha256(path))
-        rows = len(features)
-        return Contents(
-            features=features,
-            patch=np.arange(rows, dtype=np.int64),
-            names=[entry.path] * rows,
-            stat=np.broadcast_to(np.array([state.st_size, state.st_mtime_ns], np.int64), (rows, 2)),
-            sha256=np.broadcast_to(np.frombuffer(hashed[3], np.uint8), (rows, 32)),
-            corners=corners,
-            coords=coords,
-        )
+    def checked_coords(self, path: Path, found: NDArray[Any], rows: int) -> NDArray[np.float64]:
+        """Coordinates as numbers.
+
+        Raises:
+            ImportProblem: They are not one finite pair a patch.
+        """
+        if found.shape != (rows, 2) or found.dtype.kind not in "fiu":
+            what = f"coordinates of the shape {found.shape} of {found.dtype}"
+            raise self.problem(path, what, f"({rows}, 2): x, y of every patch")
+        coords: NDArray[np.float64] = found.astype(np.float64)
+        if not np.isfinite(coords).all():
+            row = int(np.flatnonzero(~np.isfinite(coords).all(axis=1))[0])
+            raise self.problem(path, f"coordinates {coords[row].tolist()} in row {row}", "finite numbers")
+        return coords
+
+
+def file_state(path: Path) -> tuple[int, int]:
+    """Size in bytes and modification time in ns."""
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
 
 
 def file_sha256(path: Path) -> bytes:
@@ -241,3 +285,20 @@ def files_named(folder: Path, suffix: str) -> list[Path]:
             if entry.name.endswith(suffix) and not entry.name.startswith(".") and entry.is_file()
         ]
     return [folder / name for name in sorted(names, key=natural_key)]
+
+
+def text(value: Any) -> str | None:
+    """An attribute as text; None where it is missing or stands for nothing."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    found = None if value is None else str(value)
+    return None if found in (None, "", "None") else found
+
+
+def number(value: Any) -> float | None:
+    """An attribute as a positive number; None where it is missing or stands for nothing."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        return None
+    return found if math.isfinite(found) and found > 0 else None

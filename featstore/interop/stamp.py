@@ -8,9 +8,12 @@ Source: github.com/KatherLab/STAMP, `stamp.preprocessing`.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 from featstore.interop import hdf5_files
-from featstore.interop.source import Contents, Entry, Options, Source, boxes, files_named
+from featstore.interop.source import Entry, Options, Places, Source, boxes, files_named, number, text
 
 
 class Stamp(Source):
@@ -45,15 +48,17 @@ class Stamp(Source):
         file = self.root / path
         with hdf5_files.opened(file) as opened:
             data = hdf5_files.matrix(opened, "feats", file)
-            kind = hdf5_files.text(opened.attrs.get("feat_type"))
+            kind = text(opened.attrs.get("feat_type"))
             if kind not in (None, "tile"):
                 raise self.problem(file, f"features of a {kind}, not of tiles", "feat_type tile")
-            unit = hdf5_files.text(opened.attrs.get("unit"))
+            unit = text(opened.attrs.get("unit"))
             if unit != "um":
                 raise self.problem(file, f"coordinates in the unit {unit}", "unit um (micrometres)")
-            hdf5_files.coordinates(opened, file, data.shape[0])
+            coords = hdf5_files.coordinates(opened, file)
+            if coords is not None:
+                self.checked_coords(file, coords, data.shape[0])
             names = ("extractor", "stamp_version", "code_hash", "tile_size_um", "tile_size_px")
-            made = {key: hdf5_files.text(opened.attrs.get(key)) for key in names}
+            made = {key: text(opened.attrs.get(key)) for key in names}
             self.details = self.details or made
             for key in ("extractor", "tile_size_um"):
                 if made[key] != self.details[key]:
@@ -63,15 +68,21 @@ class Stamp(Source):
             self.encoder = made["extractor"]
             return self.entry(name, path, data.shape, data.dtype.name)
 
-    def read(self, entry: Entry) -> Contents:
-        """A slide's features and coordinates."""
-        file = self.root / entry.path
+    def features(self, entry: Entry) -> NDArray[Any]:
+        """A slide's features."""
+        with hdf5_files.opened(self.root / entry.path) as opened:
+            found: NDArray[Any] = hdf5_files.matrix(opened, "feats", self.root / entry.path)[()]
+        return found
+
+    def places(self, entry: Entry) -> Places:
+        """A slide's coordinates, and its corners where the size of a pixel is known."""
+        file, mpp = self.root / entry.path, self.options.mpp
         with hdf5_files.opened(file) as opened:
-            features = hdf5_files.matrix(opened, "feats", file)[()]
-            coords = hdf5_files.coordinates(opened, file, len(features))
-            size = hdf5_files.number(opened.attrs.get("tile_size_um"))
-        mpp = self.options.mpp
-        corners = None
-        if coords is not None and mpp is not None:
-            corners = boxes(coords / mpp, None if size is None else size / mpp)
-        return self.one_file(entry, features, corners, coords)
+            found = hdf5_files.coordinates(opened, file)
+            size = number(opened.attrs.get("tile_size_um"))
+        if found is None:
+            return Places()
+        coords = self.checked_coords(file, found, entry.rows)
+        if mpp is None:
+            return Places(None, coords)
+        return Places(boxes(coords / mpp, None if size is None else size / mpp), coords)

@@ -6,7 +6,7 @@ That is how the classic data sets of multiple instance learning are passed aroun
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from featstore.cohort.names import integral, natural_key
-from featstore.interop.source import Contents, Entry, ImportProblem, Options, Source
+from featstore.interop.source import Entry, ImportProblem, Options, Source, file_state
 
 _FEATURE = re.compile(r"f(\d+)")
 _SUFFIXES = (".csv", ".parquet", ".npz")
@@ -25,12 +25,14 @@ class Table(Source):
     """One file that holds all bags; a row's patch number is its place in its bag."""
 
     format = "table"
+    is_one_file = True
     layout = "a .csv or .parquet with bag_id, bag_label, f0, f1, …, or an .npz with one (N, D) array a bag"
 
     def __init__(self, root: Path, options: Options) -> None:
         super().__init__(root.parent, options)
         self._file = root
         self._bags: dict[str, NDArray[Any]] = {}
+        self._state = (0, 0)
 
     @classmethod
     def looks_right(cls, path: Path) -> bool:
@@ -41,6 +43,7 @@ class Table(Source):
         """Every bag; reads the whole file."""
         if not self._file.is_file() or self._file.suffix.lower() not in _SUFFIXES:
             raise self._problem("it is no table of bags")
+        self._state = file_state(self._file)  # as it was when it was read, however long ago that is
         if self._file.suffix.lower() == ".npz":
             self._bags = self._arrays()
         else:
@@ -53,9 +56,13 @@ class Table(Source):
         """Shape and dtype of a bag."""
         return self.entry(name, path, self._bags[name].shape, self._bags[name].dtype.name)
 
-    def read(self, entry: Entry) -> Contents:
+    def features(self, entry: Entry) -> NDArray[Any]:
         """A bag's rows."""
-        return self.one_file(entry, self._bags[entry.name])
+        return self._bags[entry.name]
+
+    def states(self, entry: Entry) -> Mapping[str, tuple[int, int]]:
+        """Size and modification time of the table when it was read."""
+        return {entry.path: self._state}
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         try:
@@ -89,7 +96,10 @@ class Table(Source):
                 raise self._problem(
                     f"{column} is {numbers[row]} in row {row + 1}", "a number within float32"
                 )
-        names = frame["bag_id"].astype(str).str.strip()
+        names = frame["bag_id"].fillna("").astype(str).str.strip()
+        if (names == "").any():
+            row = int(np.flatnonzero(names == "")[0])
+            raise self._problem(f"no bag_id in row {row + 1}", "the name of a bag in every row")
         if "bag_label" in columns:
             self._read_labels(names, frame["bag_label"])
         groups = names.groupby(names, sort=False).indices
@@ -118,7 +128,7 @@ class Table(Source):
         return [found[i] for i in range(len(found))]
 
     def _read_labels(self, names: pd.Series[str], labels: pd.Series[Any]) -> None:
-        for name, label in zip(names, labels.astype(str), strict=True):
+        for name, label in zip(names, labels.fillna("").astype(str), strict=True):
             raw = integral(label.strip())
             if raw and self.labels.setdefault(name, raw) != raw:
                 raise self._problem(f"bag {name!r} has two labels, {self.labels[name]!r} and {raw!r}")

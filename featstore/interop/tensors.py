@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -48,10 +49,14 @@ def _load(file: Any, path: Path, size: int, mapped: bool = False) -> Any:
     import torch
 
     try:
-        # weights_only: a pickle could otherwise run any code.
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # weights_only: a pickle could otherwise run any code.
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # what torch raises depends on where the bytes stop making sense
-        reason = str(error).partition("\n")[0][:200]
+        # torch's own words for a refused pickle advise to run it all the same.
+        refused = "weights_only" in str(error) or "Weights only" in str(error)
+        reason = "it holds more than a tensor" if refused else str(error).partition("\n")[0][:200]
         raise _problem(path, f"the file cannot be read as a tensor ({reason})") from error
     if not isinstance(found, torch.Tensor) or found.layout != torch.strided:
         raise _problem(path, f"the file holds a {type(found).__name__}")

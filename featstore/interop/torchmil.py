@@ -11,42 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from featstore.cohort.names import integral
-from featstore.interop.source import Contents, Entry, ImportProblem, Options, Source, boxes, files_named
+from featstore.interop.arrays import load_numpy
+from featstore.interop.source import Entry, Options, Places, Source, boxes, files_named
 
 _FEATURES, _LABELS, _COORDS = "features", "labels", "coords"
-
-
-def load_numpy(path: Path, member: str | None = None, mapped: bool = False) -> NDArray[Any]:
-    """An array from a .npy file, or a member of a .npz file; never a pickle.
-
-    Raises:
-        ImportProblem: The file cannot be read, or holds Python objects.
-    """
-    try:
-        if mapped:
-            return np.lib.format.open_memmap(path, mode="r")
-        with open(path, "rb") as raw:
-            found = np.load(raw, allow_pickle=False)
-            if isinstance(found, NpzFile):
-                if member is None:
-                    raise ValueError("it is an .npz file, not an .npy file")
-                found = found[member]
-            elif member is not None:
-                raise ValueError("it is an .npy file, not an .npz file")
-        if not isinstance(found, np.ndarray):
-            raise ValueError("it holds no array")
-        return found
-    except Exception as error:  # what numpy raises depends on where the bytes stop making sense
-        raise ImportProblem(
-            f"the file cannot be read as an array ({error})",
-            expected="an array of numbers, as NumPy saves it without pickle",
-            where=str(path),
-            fix="save it again, or leave it out with --on-bad skip",
-        ) from error
 
 
 class Torchmil(Source):
@@ -100,20 +71,15 @@ class Torchmil(Source):
         self._coords(name, found.rows)
         return found
 
-    def read(self, entry: Entry) -> Contents:
-        """A bag's features and coordinates."""
-        features = load_numpy(self.root / entry.path)
-        coords = self._coords(entry.name, entry.rows)
-        size = self.options.patch_size
-        corners = None if coords is None or size is None else boxes(coords, size)
-        return self.one_file(entry, features, corners, coords)
+    def features(self, entry: Entry) -> NDArray[Any]:
+        """A bag's features."""
+        return load_numpy(self.root / entry.path)
+
+    def places(self, entry: Entry) -> Places:
+        """A bag's coordinates, and its corners where the size of a patch is known."""
+        coords, size = self._coords(entry.name, entry.rows), self.options.patch_size
+        return Places(None if coords is None or size is None else boxes(coords, size), coords)
 
     def _coords(self, name: str, rows: int) -> NDArray[np.float64] | None:
         path = self.root / _COORDS / f"{name}.npy"
-        if not path.is_file():
-            return None
-        found = load_numpy(path)
-        if found.shape != (rows, 2) or found.dtype.kind not in "fiu":
-            raise self.problem(path, f"{found.dtype} of the shape {found.shape}", f"({rows}, 2) numbers")
-        coords: NDArray[np.float64] = found.astype(np.float64)
-        return coords
+        return self.checked_coords(path, load_numpy(path), rows) if path.is_file() else None

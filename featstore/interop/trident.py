@@ -10,8 +10,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from featstore.interop import hdf5_files
-from featstore.interop.source import Contents, Entry, ImportProblem, Options, Source, boxes, files_named
+from featstore.interop.source import (
+    Entry,
+    ImportProblem,
+    Options,
+    Places,
+    Source,
+    boxes,
+    files_named,
+    number,
+    text,
+)
 
 _PREFIX = "features_"
 _SIZE = "patch_size_level0"
@@ -58,26 +70,29 @@ class Trident(Source):
         file = self.root / path
         with hdf5_files.opened(file) as opened:
             data = hdf5_files.matrix(opened, "features", file)
-            if hdf5_files.coordinates(opened, file, data.shape[0]) is None:
-                raise self.problem(file, "no array 'coords'")
+            self.checked_coords(file, hdf5_files.array(opened, "coords", file)[()], data.shape[0])
             attributes = opened["coords"].attrs
             if _SIZE not in attributes:
                 raise self.problem(file, f"'coords' has no attribute {_SIZE}: a file of another tool")
             # 'name' is the slide's: a renamed file would give the bag another name than its slide has.
-            own = hdf5_files.text(attributes.get("name"))
+            own = text(attributes.get("name"))
             if own not in (None, name):
                 raise self.problem(file, f"the file says that it is slide {own!r}", f"{name}.h5")
             return self.entry(name, path, data.shape, data.dtype.name)
 
-    def read(self, entry: Entry) -> Contents:
-        """A slide's features and corners."""
+    def features(self, entry: Entry) -> NDArray[Any]:
+        """A slide's features."""
+        with hdf5_files.opened(self.root / entry.path) as opened:
+            found: NDArray[Any] = hdf5_files.matrix(opened, "features", self.root / entry.path)[()]
+        return found
+
+    def places(self, entry: Entry) -> Places:
+        """A slide's corners."""
         file = self.root / entry.path
         with hdf5_files.opened(file) as opened:
-            features = hdf5_files.matrix(opened, "features", file)[()]
-            coords = hdf5_files.coordinates(opened, file, len(features))
+            coords = hdf5_files.array(opened, "coords", file)[()]
             size = _level0_size(opened["coords"].attrs) or self.options.patch_size
-        assert coords is not None
-        return self.one_file(entry, features, boxes(coords, size))
+        return Places(boxes(self.checked_coords(file, coords, entry.rows), size))
 
 
 def _inner(path: Path) -> list[Path]:
@@ -86,11 +101,11 @@ def _inner(path: Path) -> list[Path]:
 
 def _level0_size(attributes: Any) -> float | None:
     """Side of a patch in level-0 pixels: as it stands there, or by the two magnifications."""
-    size = hdf5_files.number(attributes.get(_SIZE))
+    size = number(attributes.get(_SIZE))
     if size is not None:
         return size
     values = [
-        hdf5_files.number(attributes.get(name))
+        number(attributes.get(name))
         for name in ("patch_size", "level0_magnification", "target_magnification")
     ]
     patch, level0, target = values

@@ -17,7 +17,16 @@ from numpy.typing import NDArray
 from featstore.cohort.patches import scan
 from featstore.errors import CohortError
 from featstore.extraction.geometry import corners
-from featstore.interop.source import Contents, Entry, ImportProblem, Key, Options, Source
+from featstore.interop.source import (
+    Contents,
+    Entry,
+    ImportProblem,
+    Key,
+    Options,
+    Places,
+    Source,
+    file_state,
+)
 from featstore.interop.tensors import SmallTensors
 
 _SUFFIX = ".pt"
@@ -33,27 +42,23 @@ class _Vector:
     sha256: bytes
 
 
-def _vectors(names: Sequence[str]) -> list[str]:
-    return [name for name in names if name.lower().endswith(_SUFFIX) and not name.startswith(".")]
-
-
 class Vectors(Source):
     """Vectors below a folder; case, stain, slice and patch number come from their names."""
 
     format = "vectors"
     layout = "case_ID_SLICE_STAIN_patchN.pt, each a vector of the same length"
+    holds_whole_slices = False
 
     def __init__(self, root: Path, options: Options) -> None:
         super().__init__(root, options)
         self._tensors = SmallTensors()
         self._rows: dict[str, tuple[Key, NDArray[np.int64], list[str], NDArray[np.float64] | None]] = {}
-        self._first: _Vector | None = None
 
     @classmethod
     def looks_right(cls, path: Path) -> bool:
         """Whether there are patches' vectors in the first folder that has any .pt file."""
         for _, _, names in os.walk(path):
-            found = _vectors(names)
+            found = [name for name in names if name.lower().endswith(_SUFFIX) and name[0] != "."]
             if found:
                 return any("_patch" in name for name in found)
         return False
@@ -61,14 +66,14 @@ class Vectors(Source):
     def bags(self) -> list[tuple[str, str]]:
         """Every slice; its name is case, stain and slice."""
         config, base = self.options.config, self.options.base
-        if not any(_vectors(names) for _, _, names in os.walk(self.root, followlinks=True)):
-            raise self.problem(self.root, f"no {_SUFFIX} files below this folder")
         try:
             found = scan(
                 self.root, config.patches, config.stains, config.exclude, base=base, suffix=_SUFFIX
             )
         except CohortError as error:
-            error.where = str(self.root) if error.where == "patches.folder" else error.where
+            if error.where == "patches.folder":
+                error.where = str(self.root)
+                error.fix = error.fix.replace(" (they are listed in unparsed.csv)", "")
             raise
         if found.unparsed:
             count = f"{len(found.unparsed):,} names cannot be read and are left out"
@@ -84,11 +89,9 @@ class Vectors(Source):
         return [(name, paths[0]) for name, (_, _, paths, _) in self._rows.items()]
 
     def look(self, name: str, path: str) -> Entry:
-        """As many rows as there are files; length and dtype are those of the very first vector."""
+        """As many rows as there are files; length and dtype are those of the slice's first vector."""
         key, patches, _, _ = self._rows[name]
-        if self._first is None:
-            self._first = self._read_file(path)
-        values = self._first.values
+        values = self._read_file(path).values
         return Entry(name, path, len(patches), len(values), values.dtype.name, key)
 
     def read(self, entry: Entry) -> Contents:
@@ -106,7 +109,7 @@ class Vectors(Source):
             # The store's dtype was chosen by the first vector: others must not silently lose digits.
             if keep and entry.dtype == "float16" and values.dtype != np.float16:
                 raise ImportProblem(
-                    f"{values.dtype} here, {entry.dtype} in the first vector",
+                    f"{values.dtype} here, {entry.dtype} in the slice's first vector",
                     expected="vectors of one dtype",
                     where=str(self.root / vector.name),
                     fix="say which the store is to have: --precision float32, or float16",
@@ -117,13 +120,20 @@ class Vectors(Source):
             names=paths,
             stat=np.array([vector.stat for vector in vectors], np.int64),
             sha256=np.stack([np.frombuffer(vector.sha256, np.uint8) for vector in vectors]),
-            corners=places,
+            places=Places(places),
         )
+
+    def places(self, entry: Entry) -> Places:
+        """The slice's corners, from names or from a table."""
+        return Places(self._rows[entry.name][3])
+
+    def features(self, entry: Entry) -> NDArray[Any]:
+        """A slice's vectors, one under the other."""
+        return self.read(entry).features
 
     def states(self, entry: Entry) -> Mapping[str, tuple[int, int]]:
         """Size in bytes and modification time in ns of the slice's files, by name."""
-        found = {path: os.stat(self.root / path) for path in self._rows[entry.name][2]}
-        return {path: (state.st_size, state.st_mtime_ns) for path, state in found.items()}
+        return {path: file_state(self.root / path) for path in self._rows[entry.name][2]}
 
     def _read_files(self, names: Sequence[str]) -> list[_Vector]:
         return [self._read_file(name) for name in names]

@@ -1,4 +1,4 @@
-"""The next record of a case, for those who only take rows away."""
+"""The next record of a case, however it came about."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def publish_next(folder: Path, case_id: str, fingerprint: str, current: int, par
         folder: The case's folder.
         case_id: The case.
         fingerprint: The store's.
-        current: The number of the newest record, which ``parts`` was made from.
+        current: The number of the newest record, which ``parts`` was made from; 0 where there is none.
         parts: What is live from now on.
 
     Returns:
@@ -34,12 +34,21 @@ def publish_next(folder: Path, case_id: str, fingerprint: str, current: int, par
         StoreError: The record could not be written.
     """
     require_own_folder(folder)
+    if not current:
+        # Whoever made the case's folder may have been killed before it was durable.
+        files.sync_folder(folder.parent)
+        files.sync_folder(folder.parent.parent)
     record = Record(
         case_id=case_id,
         sequence=current + 1,
         fingerprint=fingerprint,
-        created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        created=now(),
         writer=f"{platform.node()}:{os.getpid()}",
         parts=tuple(parts),
     )
     return files.publish(folder / record_name(record.sequence), encode_record(record))
+
+
+def now() -> str:
+    """The time, ISO 8601, UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

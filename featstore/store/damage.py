@@ -15,7 +15,8 @@ def damaged(path: Path, found: str, expected: str = "") -> StoreDamaged:
         found,
         expected=expected,
         where=str(path),
-        fix="restore this file from a backup, or run featstore repair --apply and then featstore extract",
+        fix="restore this file from a backup, or run featstore repair --apply "
+        "and then featstore extract (or import)",
     )
 
 

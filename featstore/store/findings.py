@@ -91,7 +91,9 @@ class VerifyReport:
             cases = len({finding.case for finding in damage if finding.case})
             lines.append(f"  DAMAGE      {len(damage):,} findings in {cases:,} cases")
             lines += _listed(damage)
-            lines.append("  to do: featstore repair (shows what it would do), then featstore extract")
+            lines.append(
+                "  to do: featstore repair (shows what it would do), then featstore extract (or import)"
+            )
         else:
             lines.append(
                 "  no damage" + (", as far as a quick look tells" if self.level == "quick" else "")

@@ -175,7 +175,8 @@ def decode_record(data: bytes, where: str) -> Record:
     damaged = StoreDamaged(
         "a commit record is not what was written (its sha256 does not match)",
         where=where,
-        fix="restore this file from a backup; or `featstore repair --apply`, then `featstore extract` anew",
+        fix="restore this file from a backup; or `featstore repair --apply`, then `featstore extract` "
+        "(or `import`) anew",
     )
     try:
         body = json.loads(data)

@@ -230,6 +230,10 @@ class MappedRows:
         return every[start].view(self._dtype).reshape(len(start), self._dim)
 
     def _map(self, path: Path, size: int) -> mmap.mmap:
+        # Of a file that was cut since, to read the rest would kill. One that is gone stays readable.
+        with suppress(FileNotFoundError):
+            if (found := path.stat().st_size) != size:
+                raise damaged(path, f"a part has {found} bytes", f"{size} bytes, as its record says")
         return self._maps.get(path, lambda: _mapped(path, size))
 
 

@@ -61,7 +61,7 @@ def require_manifest(root: Path) -> EmbeddingSpec:
             "there is no embedding store here",
             expected=f"a folder with {MANIFEST} in it",
             where=str(root.absolute()),
-            fix="make one with `featstore extract`, or name another with --store-path FOLDER",
+            fix="make one with `featstore extract` (or `import`), or name another with --store-path FOLDER",
         )
     return spec
 

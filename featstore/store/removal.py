@@ -53,8 +53,8 @@ class RmReport:
         lines += [f"  {one_line(stain)}  {count:,} patches" for stain, count in self.stains.items()]
         if self.applied:
             lines.append(
-                "  Their bytes stay until `featstore gc`; `featstore extract` computes again what is "
-                "still in the patches folder."
+                "  Their bytes stay until `featstore gc`; `featstore extract` (or `import`) brings back "
+                "what is still in its folder."
             )
         return "\n".join(lines)
 

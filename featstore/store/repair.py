@@ -114,9 +114,9 @@ class RepairReport:
             if len(self.repairs) > _SHOWN:
                 lines.append(f"    … and {len(self.repairs) - _SHOWN:,} more cases: --json lists all")
             lines.append(
-                "  to do: featstore extract"
+                "  to do: featstore extract (or import)"
                 if self.applied
-                else "  to do: featstore repair --apply, then featstore extract"
+                else "  to do: featstore repair --apply, then featstore extract (or import)"
             )
         if self.left:
             lines.append("  left to you, since no rule mends it safely:")

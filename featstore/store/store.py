@@ -181,9 +181,9 @@ class Store:
 
         Returns:
             ``case_id, stain, slice_id, patch, path, size`` (bytes), ``mtime_ns, sha256`` (32 bytes),
-            and ``x0 … y3``, NaN where not known.
+            ``x0 … y3`` and ``coord_x, coord_y``, NaN where not known.
         """
-        columns = ["source_name", "source_stat", "source_sha256", "geometry"]
+        columns = ["source_name", "source_stat", "source_sha256", "geometry", "coords"]
         return self._frame(case_id, columns, _file_states)
 
     def record(self, case_id: str) -> Record:
@@ -212,7 +212,7 @@ class Store:
             f"the store has no case {case_id!r}",
             expected=f"one of its {len(self._newest)} cases",
             where=str(self.path),
-            fix="run `featstore extract`, or choose another case (Store.cases() lists them)",
+            fix="run `featstore extract` (or `import`), or choose another case (Store.cases() lists them)",
         )
 
     def digest(self, case_ids: Iterable[str]) -> str:
@@ -306,4 +306,5 @@ def _file_states(arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
         "mtime_ns": arrays["source_stat"][:, 1],
         "sha256": pd.array([row.tobytes() for row in digests], dtype=object),
         **{name: arrays["geometry"][:, i] for i, name in enumerate(GEOMETRY_COLUMNS)},
+        **{name: arrays["coords"][:, i] for i, name in enumerate(COORDS_COLUMNS)},
     }

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 from featstore.errors import FingerprintMismatch, StoreError
 from featstore.spec import EmbeddingSpec
 from featstore.store import files
+from featstore.store.commit import now, publish_next
 from featstore.store.format import (
     CASES,
     FORMAT,
@@ -31,8 +30,6 @@ from featstore.store.format import (
     Record,
     Slice,
     encode_manifest,
-    encode_record,
-    record_name,
 )
 from featstore.store.ids import component
 from featstore.store.parts import encode as encode_part
@@ -68,7 +65,6 @@ class StoreWriter:
         self.spec = spec
         self._file_format = file_format
         self._provenance = json.dumps(dict(provenance), sort_keys=True)
-        self._writer = f"{platform.node()}:{os.getpid()}"
         check_writable(self.path, spec)
         if read_manifest(self.path) is None:
             for folder in (self.path, self.path / CASES, self.path / QUARANTINE):
@@ -77,7 +73,7 @@ class StoreWriter:
             # Another writer may have come first, with another backbone.
             check_writable(self.path, spec)
 
-    def commit(self, case_id: str, slices: Sequence[Slice]) -> None:
+    def commit(self, case_id: str, slices: Sequence[Slice], whole: bool = False) -> int:
         """Make rows of one case durable and visible, all or nothing.
 
         A row whose (stain, slice, patch) is live already is replaced, unless all that is known of
@@ -86,6 +82,10 @@ class StoreWriter:
         Args:
             case_id: The case.
             slices: Its new rows; every (stain, slice) once, ascending in patch.
+            whole: These slices have no other rows from now on.
+
+        Returns:
+            How many rows that were live are replaced or gone.
 
         Raises:
             StoreError: Something could not be written. Nothing has become visible, unless the
@@ -97,12 +97,13 @@ class StoreWriter:
         part = self._write_part(case_id, folder, slices)
         while True:
             current = self._current(folder)
-            merged = self._merge(folder, current, part, slices)
-            if not merged[-1].groups:
-                files.remove(folder / part.name)
-                return
-            if self._publish(case_id, folder, current, merged):
-                return
+            merged = self._merge(folder, current, part, slices, whole)
+            gone = (0 if current is None else _live(current.parts)) - _live(merged[:-1])
+            kept = merged if merged[-1].groups else merged[:-1]
+            if (not gone and kept is not merged) or self._publish(case_id, folder, current, kept):
+                if kept is not merged:  # all of it was there
+                    files.remove(folder / part.name)
+                return gone
 
     def drop(self, case_id: str, doomed: Mapping[tuple[str, str, int], bytes]) -> int:
         """Make rows of one case invisible (their bytes stay until `gc`).
@@ -142,7 +143,7 @@ class StoreWriter:
             "fingerprint": self.spec.fingerprint,
             "spec": json.dumps(self.spec.to_json(), sort_keys=True),
             "provenance": self._provenance,
-            "created": _now(),
+            "created": now(),
         }
         for item in slices:
             features = item.columns["features"]
@@ -173,7 +174,7 @@ class StoreWriter:
         return None if sequence is None else read_record(self.path, folder.name, sequence, self.spec)
 
     def _merge(
-        self, folder: Path, current: Record | None, part: Part, slices: Sequence[Slice]
+        self, folder: Path, current: Record | None, part: Part, slices: Sequence[Slice], whole: bool
     ) -> tuple[Part, ...]:
         """The parts of the next record; the last one is ours, without the rows already done."""
         if current is None:
@@ -186,6 +187,12 @@ class StoreWriter:
             mine[key] = np.setdiff1d(item.patch, done.get(key, np.empty(0, np.int64)), assume_unique=True)
             if len(mine[key]):
                 groups.append(replace(group, live=encode_ranges(mine[key])))
+        if whole:
+            held = ((g, g.patches(str(folder))) for p in current.parts for g in p.groups)
+            for group, live in held:
+                key = (group.stain, group.slice_id)
+                if key in mine:
+                    mine[key] = np.union1d(mine[key], np.setdiff1d(live, done.get(key, live[:0])))
         others = _without(current.parts, mine, str(folder))
         return (*others, replace(part, groups=tuple(groups)))
 
@@ -216,19 +223,9 @@ class StoreWriter:
         return done
 
     def _publish(self, case_id: str, folder: Path, current: Record | None, parts: tuple[Part, ...]) -> bool:
-        if current is None:
-            # Whoever made the case's folder may have been killed before it was durable.
-            files.sync_folder(folder.parent)
-            files.sync_folder(folder.parent.parent)
-        record = Record(
-            case_id=case_id,
-            sequence=1 if current is None else current.sequence + 1,
-            fingerprint=self.spec.fingerprint,
-            created=_now(),
-            writer=self._writer,
-            parts=parts,
+        return publish_next(
+            folder, case_id, self.spec.fingerprint, current.sequence if current else 0, parts
         )
-        return files.publish(folder / record_name(record.sequence), encode_record(record))
 
 
 def _same_file(item: Slice, i: int, row: Any) -> bool:
@@ -236,11 +233,13 @@ def _same_file(item: Slice, i: int, row: Any) -> bool:
     columns = item.columns
     here = columns["geometry"][i] if "geometry" in columns else np.full(8, np.nan)
     there = [getattr(row, name) for name in GEOMETRY_COLUMNS]
+    coords = columns["coords"][i] if "coords" in columns else np.full(2, np.nan)
     return bool(
         columns["source_sha256"][i].tobytes() == row.sha256
         and columns["source_name"][i].decode("utf-8") == row.path
         and columns["source_stat"][i].tolist() == [row.size, row.mtime_ns]
         and np.array_equal(here, np.array(there, np.float64), equal_nan=True)
+        and np.array_equal(coords, [row.coord_x, row.coord_y], equal_nan=True)
     )
 
 
@@ -297,6 +296,11 @@ def _strangers(path: Path) -> set[str]:
     return {name for name in names if not name.endswith(files.TEMPORARY_SUFFIX)}
 
 
+def _live(parts: Sequence[Part]) -> int:
+    """How many rows of these parts are live."""
+    return sum(len(group.patches("")) for part in parts for group in part.groups)
+
+
 def _without(parts: Sequence[Part], patches: Patches, where: str) -> tuple[Part, ...]:
     """The parts less some rows; parts and groups that have none left are gone."""
     kept = []
@@ -311,7 +315,3 @@ def _without(parts: Sequence[Part], patches: Patches, where: str) -> tuple[Part,
         if groups:
             kept.append(part if tuple(groups) == part.groups else replace(part, groups=tuple(groups)))
     return tuple(kept)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")

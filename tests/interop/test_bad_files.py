@@ -265,7 +265,7 @@ def file_of(name: str, change: Callable[[Path, Path], Any]) -> Callable[[Path, P
         (csv_with(lambda text: text + "s1,1,1,2,3,x,5,6\n"), "f3 is 'x' in row 10"),
         (csv_with(lambda text: text + "s1,2,1,2,3,4,5,6\n"), "bag 's1' has two labels"),
         (csv_with(lambda text: text + "s1,1,1,2,3,4,5,6,7\n"), "cannot be read"),
-        (csv_with(lambda text: text + ",1,1,2,3,4,5,6\n"), "is empty"),
+        (csv_with(lambda text: text + ",1,1,2,3,4,5,6\n"), "no bag_id in row"),
         (csv_with(lambda text: text + "../x,1,1,2,3,4,5,6\n"), "contains"),
         (csv_with(lambda text: text.partition("\n")[0] + "\n"), "there are no bags"),
         (csv_with(lambda text: ""), "cannot be read"),

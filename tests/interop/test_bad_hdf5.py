@@ -104,7 +104,7 @@ H5_DAMAGE: dict[str, tuple[Callable[[Path, str], Any], str]] = {
     "three dimensions": (lambda path, name: replaced(path, name, data=BAD[None]), "shape (1, 1, 6)"),
     "no rows": (lambda path, name: replaced(path, name, data=BAD[:0]), "shape (0, 6)"),
     "scalar": (lambda path, name: replaced(path, name, data=1.0), "shape ()"),
-    "more rows": (lambda path, name: replaced(path, name, data=np.ones((9, 6), "f4")), "'coords'"),
+    "more rows": (lambda path, name: replaced(path, name, data=np.ones((9, 6), "f4")), "coordinates"),
     "other width": (
         lambda path, name: replaced(path, name, data=np.ones((1, 5), "f4")),
         "5 features here, 6 in",
@@ -154,9 +154,9 @@ def test_a_bad_hdf5_file(tmp_path: Path, name: str, damage: str) -> None:
 @pytest.mark.parametrize(
     ("coords", "says"),
     [
-        (CORNERS[:0], "'coords' has the shape (0, 2)"),
-        (np.repeat(CORNERS, 2, axis=0), "'coords' has the shape (2, 2)"),
-        (np.zeros((1, 3)), "'coords' has the shape (1, 3)"),
+        (CORNERS[:0], "coordinates of the shape (0, 2)"),
+        (np.repeat(CORNERS, 2, axis=0), "coordinates of the shape (2, 2)"),
+        (np.zeros((1, 3)), "coordinates of the shape (1, 3)"),
         (np.array([[b"x", b"y"]]), "not numbers"),
     ],
 )

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 import torch
 
-from featstore.errors import FeatstoreError
-from featstore.interop.clam_export import ExportReport
+from featstore.errors import FeatstoreError, StoreError
+from featstore.interop.clam_export import ExportReport, export_clam
 from featstore.interop.project import export_project
 from featstore.store import Slice, Store, StoreWriter
 from heads.config import Config
@@ -252,3 +252,17 @@ def test_a_folder_that_holds_something_is_refused_and_left_alone(single: Path, k
 def test_an_empty_folder_is_taken(single: Path) -> None:
     (single / "clam").mkdir()
     assert exported(single).slides == 12
+
+
+@pytest.mark.parametrize(
+    ("case", "says"), [("../../escaped", "slash"), ("a" * 190 + "é" * 10, "longer than")]
+)
+def test_a_case_whose_id_is_no_name_of_a_file_is_refused(tmp_path: Path, case: str, says: str) -> None:
+    writer = StoreWriter(tmp_path / "store", make_spec(), {})
+    for slice_id in ("s1", "s" * 60):
+        writer.commit(case, [make_slice(case, "h&e", slice_id, [1, 2])])
+    inside = tmp_path / "deep" / "deeper"
+    with pytest.raises(StoreError, match=says):
+        export_clam(Store.open(writer.path), inside / "out", "slice", {}, [])
+    assert not (tmp_path / "deep").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]

@@ -17,6 +17,7 @@ from featstore.config import FeatstoreConfig
 from featstore.interop import source as sources
 from featstore.interop.clam import Clam
 from featstore.interop.project import import_project
+from featstore.interop.source import ImportProblem
 from featstore.interop.vectors import Vectors
 from featstore.settings import Layers
 from featstore.store import Store, files
@@ -33,6 +34,7 @@ from tests.interop.builders import (
     save_pt,
     square,
     write_clam,
+    write_rows,
     write_slideflow,
     write_stamp,
     write_table,
@@ -93,7 +95,7 @@ def test_a_second_import_reads_no_embeddings_and_changes_nothing(
     def read(*args: object) -> None:
         raise AssertionError("a bag was read that the store has")
 
-    monkeypatch.setattr(sources.Source, "one_file", read)
+    monkeypatch.setattr(sources.Source, "read", read)
     monkeypatch.setattr(Vectors, "read", read)
     report = imported(tmp_path / "p", source, settings)
     assert (report.bags, report.patches, report.already) == (0, 0, 3)
@@ -342,3 +344,88 @@ def test_told_to_stop_an_import_ends_between_two_bags(
     saved = json.loads((tmp_path / "p" / "reports" / "import" / "report.json").read_text())
     assert (saved["interrupted"], saved["bags"]) == (True, stop_at)
     assert assert_goes_on(tmp_path / "p", source, file_format) == stop_at
+
+
+# What a second import must not do
+
+
+def test_a_bag_that_another_map_places_elsewhere_is_refused(tmp_path: Path) -> None:
+    source = write_clam(tmp_path / "in", FEATURES)
+    old = write_rows(tmp_path / "old.csv", [["slide_id", "case_id"], *[[slide, "A"] for slide in FEATURES]])
+    new = write_rows(tmp_path / "new.csv", [["slide_id", "case_id"], *[[slide, "B"] for slide in FEATURES]])
+    imported(tmp_path / "p", source, map=str(old))
+    before = rows_of(tmp_path / "p")
+    with pytest.raises(ImportProblem, match="is in the store already, as slice s1 of stain h&e in case A"):
+        imported(tmp_path / "p", source, map=str(new))
+    with pytest.raises(ImportProblem, match="in the store already"):
+        imported(tmp_path / "p", source)
+    assert_same(rows_of(tmp_path / "p"), before, "float32")
+
+
+def test_a_bag_of_a_table_that_another_map_places_elsewhere_is_refused(tmp_path: Path) -> None:
+    table = written("table", tmp_path / "in")
+    imported(tmp_path / "p", table)
+    rows = [["slide_id", "case_id"], *[[slide, "B"] for slide in FEATURES]]
+    with pytest.raises(ImportProblem, match="in the store already"):
+        imported(tmp_path / "p", table, map=str(write_rows(tmp_path / "map.csv", rows)))
+
+
+def test_a_shorter_bag_replaces_the_longer_one_in_one_record(tmp_path: Path) -> None:
+    source = write_clam(tmp_path / "in", {"s1": np.ones((9, 4), np.float32)})
+    imported(tmp_path / "p", source)
+    (source / "h5_files" / "s1.h5").unlink()
+    write_clam(source, {"s1": np.full((4, 4), 2, np.float32)})
+    report = imported(tmp_path / "p", source)
+    assert report.replaced == 9
+    assert "9 embeddings that were there of these bags were replaced" in report.to_text()
+    store = Store.open(tmp_path / "p" / "store")
+    assert store.bag("s1").features.tolist() == [[2.0] * 4] * 4
+    assert store.record("s1").sequence == 2
+
+
+@pytest.mark.parametrize("name", ["slideflow", "torchmil"])
+def test_coordinates_that_were_mended_are_taken_over(tmp_path: Path, name: str) -> None:
+    source = written(name, tmp_path / "in")
+    imported(tmp_path / "p", source)
+    for path in [*source.glob("*.index.npz"), *source.glob("coords/*.npy")]:
+        if path.suffix == ".npz":
+            np.savez(path, np.load(path)["arr_0"] + 1000)
+        else:
+            np.save(path, np.load(path) + 1000)
+    before = Store.open(tmp_path / "p" / "store").table()
+    assert imported(tmp_path / "p", source).bags == 3
+    after = Store.open(tmp_path / "p" / "store").table()
+    assert (after["coord_x"].to_numpy() == before["coord_x"].to_numpy() + 1000).all()
+    assert imported(tmp_path / "p", source).already == 3
+
+
+def test_a_table_that_changes_while_it_is_imported_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = written("table", tmp_path / "in")
+    listed = sources.Source.entry
+
+    def later(self: Any, *args: Any) -> Any:
+        table.write_text(table.read_text() + "\n")
+        return listed(self, *args)
+
+    monkeypatch.setattr(sources.Source, "entry", later)
+    with pytest.raises(ImportProblem, match="changes while it is being read"):
+        imported(tmp_path / "p", table)
+
+
+def test_labels_that_changed_are_told_and_left(tmp_path: Path) -> None:
+    source = write_torchmil(tmp_path / "in", FEATURES, {"s1": 0, "s2": 1, "s10": 1})
+    imported(tmp_path / "p", source)
+    labels = (tmp_path / "p" / "labels.csv").read_text()
+    np.save(source / "labels" / "s1.npy", np.array([1]))
+    notes = " ".join(imported(tmp_path / "p", source, {"labels": {"file": "labels.csv"}}).notes)
+    assert "labels.csv has another class for 1 cases whose labels came along (s1)" in notes
+    assert (tmp_path / "p" / "labels.csv").read_text() == labels
+
+
+def test_an_import_that_can_use_nothing_is_an_error(tmp_path: Path) -> None:
+    source = write_clam(tmp_path / "in", {"s1": np.full((3, 4), np.nan, np.float32)})
+    with pytest.raises(ImportProblem, match="no bag could be used"):
+        imported(tmp_path / "p", source, on_bad="skip")
+    assert not (tmp_path / "p" / "featstore.yaml").exists()

@@ -81,7 +81,7 @@ def test_a_bag_that_the_map_does_not_name(tmp_path: Path, source: Path) -> None:
     refused(tmp_path / "p", source, "h5_files/s10.h5", says, "map.csv", map=str(file))
     report = imported(tmp_path / "p", source, map=str(file), on_bad="skip")
     assert set(rows_of(tmp_path / "p")) == {("A", "h&e", "s1"), ("A", "h&e", "s2")}
-    assert report.skipped == [("h5_files/s10.h5", "the map does not name the bag 's10'")]
+    assert report.skipped == [("h5_files/s10.h5", "the map does not name the bag 's10' (nearest: 's1')")]
 
 
 def test_rows_of_the_map_without_a_bag_are_told(tmp_path: Path, source: Path) -> None:
@@ -202,7 +202,6 @@ def stamp(folder: Path, extractor: str) -> Path:
         (partial(stamp, extractor="uni2"), partial(stamp, extractor="gigapath")),
         (clam, partial(trident, encoder="uni_v1")),
         (clam, partial(clam, dim=9)),
-        (clam, partial(clam, dtype="float16")),
     ],
 )
 def test_embeddings_of_two_makes_never_share_a_store(tmp_path: Path, first: Any, second: Any) -> None:
@@ -214,6 +213,18 @@ def test_embeddings_of_two_makes_never_share_a_store(tmp_path: Path, first: Any,
         imported(tmp_path / "p", tmp_path / "b")
     assert error.value.where == str(tmp_path / "p" / "store")
     assert_same(rows_of(tmp_path / "p"), before, "float32")
+
+
+def test_float16_goes_into_a_store_of_float32_and_not_the_other_way_round(tmp_path: Path) -> None:
+    full, half = tmp_path / "full", tmp_path / "half"
+    write_clam(full, {"s1": FEATURES["s1"].astype(np.float32)})
+    write_clam(half, {"s2": FEATURES["s2"].astype(np.float16)})
+    imported(tmp_path / "p", full)
+    assert "float16 features are stored as float32" in imported(tmp_path / "p", half).notes
+    assert {key[0] for key in rows_of(tmp_path / "p")} == {"s1", "s2"}
+    imported(tmp_path / "q", half)
+    with pytest.raises(FingerprintMismatch, match="stored_dtype: float32 here, float16 there"):
+        imported(tmp_path / "q", full)
 
 
 def test_the_same_encoder_named_twice_may_share_a_store(tmp_path: Path) -> None:
