@@ -42,7 +42,11 @@ _PAGE = mmap.ALLOCATIONGRANULARITY
 
 
 class Recent(Generic[K, V]):
-    """The values that were used last; needs no lock, since every step is a single one.
+    """The values that were used last.
+
+    Needs no lock (which a fork could leave locked for ever): every step on the dictionary is a
+    single one. That holds for keys whose hash and comparison run no Python, such as str; between
+    those of a Path, another thread may come in and break the dictionary's order for good.
 
     Args:
         most: How many are kept.
@@ -63,8 +67,10 @@ class Recent(Generic[K, V]):
         """Keep a value; the one that was used longest ago may go."""
         self._held[key] = value
         while len(self._held) > self._most:
-            with suppress(KeyError):
+            try:
                 self._held.popitem(last=False)
+            except KeyError:  # others have just made room
+                break
         return value
 
     def forget(self, key: K) -> None:
@@ -117,7 +123,7 @@ class MappedRows:
         self._dtype, self._dim = np.dtype(dtype), dim
         self._row_bytes = self._dtype.itemsize * dim
         self._plans: Recent[str, _Plan | None] = Recent(_CASES)
-        self._maps: Recent[Path, mmap.mmap] = Recent(_MAPS)
+        self._maps: Recent[str, mmap.mmap] = Recent(_MAPS)
 
     def __reduce__(self) -> tuple[type[MappedRows], tuple[str, int]]:
         return MappedRows, (self._dtype.name, self._dim)
@@ -162,7 +168,7 @@ class MappedRows:
             # A file that is put back from a backup shall be looked at anew.
             self._plans.forget(case_id)
             for path, _ in plan.parts:
-                self._maps.forget(path)
+                self._maps.forget(str(path))
             raise
 
     def _plan(self, folder: Path, case: Layout) -> _Plan | None:
@@ -234,7 +240,7 @@ class MappedRows:
         with suppress(FileNotFoundError):
             if (found := path.stat().st_size) != size:
                 raise damaged(path, f"a part has {found} bytes", f"{size} bytes, as its record says")
-        return self._maps.get(path, lambda: _mapped(path, size))
+        return self._maps.get(str(path), lambda: _mapped(path, size))
 
 
 def _mapped(path: Path, size: int) -> mmap.mmap:
