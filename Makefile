@@ -29,4 +29,6 @@ bench: setup
 	$(BIN)/python tests/bench/bench_scan.py
 	$(BIN)/python tests/bench/bench_extract.py
 	$(BIN)/python -m tests.bench.bench_store
+	$(BIN)/python tests/bench/bench_scale.py
+	$(BIN)/python -m tests.bench.bench_import
 	$(BIN)/featstore bench train
