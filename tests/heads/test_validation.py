@@ -128,8 +128,11 @@ def test_the_test_cases_are_never_read(
     bags: CaseBags, monkeypatch: pytest.MonkeyPatch, memory: int
 ) -> None:
     cohort = CaseBags(bags.store, LABELS, memory)
-    asked, features = list[str](), cohort.features
+    asked, features, batch = list[str](), cohort.features, cohort.batch
     monkeypatch.setattr(cohort, "features", lambda case: asked.append(case) or features(case))
+    monkeypatch.setattr(
+        cohort, "batch", lambda bags: asked.extend(cohort._case(bag) for bag in bags) or batch(bags)
+    )
     training = make_training(cohort, make_config(epochs=2, sub_cases={"n": 2}, scheduler="cosine"))
     assert set(asked) == set(SPLIT.train)  # to standardise
     spy = Spy(training, monkeypatch)
