@@ -31,6 +31,7 @@ class Bag:
         stain_sizes: (T,) int64 slices a stain; sums to S.
         stain_ids: (T,) int64 index of each stain in `Store.stains()`.
         label: Class index, or None.
+        view: (P,) int64, which cached view of each patch is meant, 0 the plain one; None: all plain.
     """
 
     case_id: str
@@ -43,6 +44,7 @@ class Bag:
     stain_sizes: NDArray[np.int64]
     stain_ids: NDArray[np.int64]
     label: int | None = None
+    view: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.features)
@@ -69,6 +71,7 @@ class Bag:
             features=self.features[chosen],
             rows=self.rows[chosen],
             patches=self.patches[chosen],
+            view=None if self.view is None else self.view[chosen],
             slices=tuple(name for name, size in zip(self.slices, sizes, strict=True) if size),
             slice_sizes=sizes[sizes > 0],
             stains=tuple(name for name, size in zip(self.stains, slices_left, strict=True) if size),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import tempfile
 import time
@@ -20,9 +19,10 @@ from featstore.cohort import Scan, scan
 from featstore.config import FeatstoreConfig
 from featstore.extraction import forward
 from featstore.extraction.committer import Committer
-from featstore.extraction.pipeline import run_pass
-from featstore.extraction.run import decoding_threads
-from featstore.images import decode, prepare
+from featstore.extraction.loading import Views, load, read
+from featstore.extraction.pipeline import Work, run_pass
+from featstore.extraction.schedule import plan_schedule
+from featstore.extraction.setup import decoding_threads, describe, make_embedder, most_pixels
 from featstore.process import keep_freed_memory
 from featstore.spec import EmbeddingSpec
 from featstore.store import StoreWriter
@@ -90,15 +90,11 @@ def bench_extract(
     rows = np.linspace(0, len(found.table) - 1, min(sample, len(found.table))).round().astype(int)
     table = found.table.iloc[np.unique(rows)]
     backbone = build_backbone(config.backbone, project)
-    spec = backbone.spec(
-        channel_order=config.images.channel_order,
-        compute_dtype=forward.choose_compute_dtype(config.extract.amp, device, None),
-        stored_dtype=config.extract.dtype,
-    )
+    spec = describe(config, backbone, device, None)
     if device.type == "cpu":
         keep_freed_memory()
     runner = _Runner(config, Scan(table, folder), backbone, spec, device)
-    runner.pipeline(), runner.model(4)  # warm caches, kernels and memory
+    runner.pipeline(), runner.model()  # warm caches, kernels and memory
     results = []
     for _ in range(rounds):
         decoding, model, pipeline = runner.decoding(), runner.model(), runner.pipeline()
@@ -140,36 +136,36 @@ class _Runner:
         self.config, self.found, self.spec = config, found, spec
         self.preprocessing = backbone.preprocessing
         self.workers = decoding_threads(config)
-        batch_size = forward.choose_batch_size(config.extract.batch_size, device)
-        self.embedder = forward.Embedder(
-            backbone, device, spec.compute_dtype, spec.stored_dtype, batch_size
+        self.views = Views(spec.views, spec.view_seed)
+        self.embedder = make_embedder(config, backbone, device, spec)
+        self._paths = found.table["path"].tolist()
+        self.schedule = plan_schedule(
+            self._paths, found.folder, self.preprocessing, config.images, most_pixels(config, device, spec)
         )
-        self._pixels = [self._decode(path) for path in found.table["path"].head(4 * batch_size)]
+        with ThreadPoolExecutor(self.workers) as pool:
+            images = dict(
+                zip(self.schedule.rows.tolist(), pool.map(self._decode, self.schedule.rows), strict=True)
+            )
+        batches = self.schedule.batches(self.embedder.forward_size, self.views.count)
+        self._batches = [np.concatenate([images[row] for row in rows.tolist()]) for rows in batches]
 
-    def _decode(self, path: str) -> Any:
-        images = self.config.images
-        data = (self.found.folder / path).read_bytes()
-        return prepare(
-            decode(data, path, images.channel_order, images.max_pixels).pixels, self.preprocessing
-        )
+    def _decode(self, row: int) -> Any:
+        images, path = self.config.images, self._paths[row]
+        raw = read(self.found.folder, path, images.max_pixels)
+        order, most = images.channel_order, images.max_pixels
+        return load(raw, path, self.preprocessing, order, most, self.views, path).pixels
 
     def decoding(self) -> float:
         with ThreadPoolExecutor(self.workers) as pool:
-            return _rate(
-                len(self.found.table), lambda: list(pool.map(self._decode, self.found.table["path"]))
-            )
+            return _rate(len(self.schedule.rows), lambda: list(pool.map(self._decode, self.schedule.rows)))
 
-    def model(self, count: int | None = None) -> float:
-        size = self.embedder.batch_size
-        source = itertools.cycle(self._pixels)
-        batches = [np.stack(list(itertools.islice(source, size))) for _ in range(4)]
-        passes = count or max(4, len(self.found.table) // size)
-
+    def model(self) -> float:
         def work() -> None:
-            pending = [self.embedder(batches[i % 4]) for i in range(passes)]
-            pending[-1].result()
+            pending = [self.embedder(pixels) for pixels in self._batches]
+            for features in pending:
+                features.result()
 
-        return _rate(passes * size, work)
+        return _rate(len(self.schedule.rows), work)
 
     def pipeline(self) -> float:
         table, settings = self.found.table, self.config.extract
@@ -177,20 +173,26 @@ class _Runner:
             writer = StoreWriter(
                 Path(folder) / "store", self.spec, {"bench": True}, self.config.store.format
             )
-            committer = Committer(writer, table, settings.part_mb << 20, settings.part_seconds)
+            committer = Committer(
+                writer,
+                table,
+                settings.part_mb << 20,
+                settings.part_seconds,
+                self.schedule.rows,
+                self.views.count,
+            )
+            work = Work(
+                table,
+                self.found.folder,
+                self.preprocessing,
+                self.schedule,
+                self.config.images,
+                self.views,
+                self.workers,
+            )
             return _rate(
-                len(table),
-                lambda: run_pass(
-                    table,
-                    self.found.folder,
-                    self.embedder,
-                    self.preprocessing,
-                    committer,
-                    self.config.images,
-                    self.workers,
-                    lambda progress: None,
-                    lambda: False,
-                ),
+                len(self.schedule.rows),
+                lambda: run_pass(work, self.embedder, committer, lambda progress: None, lambda: False),
             )
 
 

@@ -128,8 +128,10 @@ class BackboneConfig(Section):
         description="imagenet | path of a .safetensors or .pth file | random:SEED",
         json_schema_extra=PERHAPS_PATH,
     )
-    resize: Annotated[int, Field(ge=8, le=4096)] | Literal["model"] = Field(
-        224, description="side in px of the resized whole patch, or model: the model's own resize and crop"
+    resize: Annotated[int, Field(ge=8, le=4096)] | Literal["model", "native", "native32"] = Field(
+        224,
+        description="side in px of the resized whole patch; model: the model's own resize and crop; "
+        "native: each patch at its own size; native32: sides rounded to multiples of 32",
     )
     pool: int = Field(1, ge=1, le=16, description="average the feature map over pool × pool cells")
     final_relu: bool = Field(True, description="DenseNet: apply the last ReLU before pooling")
@@ -145,6 +147,10 @@ class ExtractConfig(Section):
         "auto",
         description="precision; auto: bf16 where the hardware has it, else float32 (CPU) or fp16 (GPU)",
     )
+    runtime: Literal["auto", "torch", "openvino"] = Field(
+        "auto", description="what computes; auto: OpenVINO on a CPU where it is installed, else torch"
+    )
+    compile: bool = Field(False, description="torch.compile the backbone: pays in long runs only")
     dtype: Literal["float16", "float32"] = Field("float16", description="dtype of stored embeddings")
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="patches a forward pass; auto: 16 on a CPU, 256 on a GPU"
@@ -156,6 +162,14 @@ class ExtractConfig(Section):
         None,
         pattern=r"^(\d+|auto)/[1-9]\d*$",
         description="I/N: share I (from 0) of N; auto/N: I from the scheduler's array",
+    )
+    views: int = Field(
+        1, ge=1, le=64, description="cached views a patch: the plain one and K - 1 augmented ones"
+    )
+    view_seed: int = Field(0, ge=0, lt=2**32, description="seed of the augmented views")
+    native_pixels: Annotated[int, Field(ge=1024)] | Literal["auto"] = Field(
+        "auto",
+        description="native sizes: refuse patches of more pixels than this; auto: by the free memory",
     )
     prune: bool = Field(False, description="drop embeddings whose PNG has vanished")
     part_mb: int = Field(256, ge=1, description="a part file is closed at about this size")

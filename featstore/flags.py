@@ -75,7 +75,10 @@ class Call(Generic[C]):
 
     def show(self, text: str, data: dict[str, Any]) -> None:
         """Print the answer, for a person or as JSON."""
-        print(json.dumps(data, indent=2, ensure_ascii=False, default=str) if self.as_json else text)
+        if self.as_json:
+            text = json.dumps(data, indent=2, ensure_ascii=False, default=str)
+        # Names of files need not be UTF-8: their other bytes are spelt out.
+        print(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
     def answer(self, report: Report) -> None:
         """Print a report; a run that a signal ended early then ends as the signal would have it."""

@@ -1,29 +1,26 @@
 """PNG bytes → RGB pixels: what is accepted, how it is converted, and how it is resized.
 
-NumPy and Pillow only (no torch), so that checking a folder starts at once; Pillow
-releases the GIL while it inflates, so that threads suffice.
+No torch, so that checking a folder starts at once; the decoders release the GIL while
+they work, so that threads suffice.
 
-Pillow by itself neither verifies the checksums of the pixel data nor minds an
-image that ends early without a word, and it has limits on metadata that raise on
+Decoders by themselves neither verify the checksums of the pixel data nor all mind an
+image that ends early without a word, and they have limits on metadata that raise on
 good pixels. So the file is walked here, chunk by chunk: every CRC is verified, the
-end chunk must be there, and Pillow sees the header, the palette and the pixel data
-alone. Gamma, ICC profiles, EXIF orientation and text are thereby ignored: pixel
-values are taken as stored. Of an animated PNG the default image (the one that any
-viewer shows) is taken.
+end chunk must be there, and a decoder (`featstore.decoders`) sees the header, the
+palette and the pixel data alone. Gamma, ICC profiles, EXIF orientation and text are
+thereby ignored: pixel values are taken as stored. Of an animated PNG the default
+image (the one that any viewer shows) is taken.
 """
 
 from __future__ import annotations
 
-import io
-import struct
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from PIL.PngImagePlugin import PngImageFile
 
+from featstore.decoders import decode_samples, decoder_name
 from featstore.errors import ConfigError, ImageError
 from featstore.png import (
     GREY,
@@ -34,9 +31,7 @@ from featstore.png import (
     SAMPLES,
     Chunks,
     PngHeader,
-    bare_file,
     check_header,
-    check_length,
     check_size,
     checked_chunks,
     read_header,
@@ -45,12 +40,14 @@ from featstore.png import (
 
 __all__ = [
     "COLOR_POLICY",
+    "NATIVE_SMALLEST",
     "RESIZE_IMPLEMENTATION",
     "Decoded",
     "PngHeader",
     "check_header",
     "check_size",
     "decode",
+    "decoder_name",
     "prepare",
     "read_header",
     "resize",
@@ -62,6 +59,9 @@ Pixels = NDArray[np.uint8]
 # Both texts are part of the fingerprint: change them with what they describe.
 COLOR_POLICY = "grey to rgb, palette to rgb, alpha over white, 16-bit high byte, gamma and ICC ignored; v1"
 RESIZE_IMPLEMENTATION = "pillow-uint8-antialias"
+
+# With native sizes: what a backbone is tried with, and the side below which its maps vanish.
+NATIVE_TYPICAL, NATIVE_SMALLEST = 224, 32
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -112,7 +112,7 @@ def decode(data: bytes, name: str, channel_order: str, max_pixels: int) -> Decod
     chunks = checked_chunks(data, name)
     if header.color_type == PALETTE and not 3 <= len(chunks.palette) <= 768:
         refuse(name, "the palette is missing or of a wrong size")
-    stored = _decode_samples(header, chunks, name)
+    stored = decode_samples(header, chunks, name)
     done: list[str] = []
     if header.color_type == PALETTE:
         pixels = _apply_palette(stored, chunks, name, done)
@@ -182,23 +182,39 @@ class Preprocessing:
 
     Attributes:
         resize: Side in pixels of the square that the whole patch is resized to; with a crop, of the
-            shorter side before it.
+            shorter side before it. ``native``: each patch keeps its size; ``native32``: its sides
+            are rounded to multiples of 32.
         crop: Side of the centre crop in pixels; None for none.
         interpolation: ``bilinear``, ``bicubic``, …
         mean: Per channel (R, G, B), on a 0 to 1 scale.
         std: Per channel.
     """
 
-    resize: int
+    resize: int | str
     crop: int | None
     interpolation: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
     @property
+    def is_native(self) -> bool:
+        """Whether patches of different sizes stay different."""
+        return isinstance(self.resize, str)
+
+    @property
     def size(self) -> int:
-        """Side of the backbone's input in pixels."""
-        return self.resize if self.crop is None else self.crop
+        """Side of the backbone's input in pixels; with native sizes that of a usual one."""
+        if self.crop is not None:
+            return self.crop
+        return self.resize if isinstance(self.resize, int) else NATIVE_TYPICAL
+
+    def input_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels that the backbone sees of a patch of this size."""
+        if self.resize == "native":
+            return height, width
+        if self.resize == "native32":
+            return _rounded(height), _rounded(width)
+        return self.size, self.size
 
 
 def prepare(pixels: Pixels, preprocessing: Preprocessing) -> Pixels:
@@ -209,27 +225,18 @@ def prepare(pixels: Pixels, preprocessing: Preprocessing) -> Pixels:
         preprocessing: The backbone's.
 
     Returns:
-        (size, size, 3) uint8 RGB: the whole patch, or its centre where there is a crop.
+        (H, W, 3) uint8 RGB of `Preprocessing.input_size`: the whole patch, or its centre where there
+        is a crop.
     """
-    if preprocessing.crop is None:
-        return resize(pixels, (preprocessing.size, preprocessing.size), preprocessing.interpolation)
+    if preprocessing.crop is None or isinstance(preprocessing.resize, str):
+        size = preprocessing.input_size(*pixels.shape[:2])
+        return resize(pixels, size, preprocessing.interpolation)
     return resize_and_crop(pixels, preprocessing.resize, preprocessing.crop, preprocessing.interpolation)
 
 
-def _decode_samples(header: PngHeader, chunks: Chunks, name: str) -> NDArray[np.generic]:
-    """Inflates with Pillow: (H, W[, channels]) uint8, uint16 for 16-bit grey, bool for 1-bit grey."""
-    try:
-        # PngImageFile and not Image.open: its limits on size are ours to set.
-        with PngImageFile(io.BytesIO(bare_file(header, chunks))) as image:
-            stored = np.array(image)
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
-        refuse(name, f"the pixel data cannot be decoded ({error})")
-    # Where pixel data end early with every checksum right, Pillow leaves the rest black
-    # without a word. Rows come in order, so one sample other than 0 in the last row proves
-    # them all; only a black last row (or interlacing) needs the data inflated once more.
-    if header.interlaced or not stored[-1].any():
-        check_length(header, chunks, name)
-    return stored
+def _rounded(side: int) -> int:
+    """To the nearest multiple of 32, at least 32; a side half-way is rounded up."""
+    return max(32, (side + 16) // 32 * 32)
 
 
 def _apply_palette(stored: NDArray[np.generic], chunks: Chunks, name: str, done: list[str]) -> Pixels:

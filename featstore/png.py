@@ -177,14 +177,14 @@ class Chunks:
 
     palette: bytes
     transparency: bytes
-    pixel_data: list[bytes]
+    pixel_data: list[memoryview]
     animated: bool
 
 
 def checked_chunks(data: bytes, name: str) -> Chunks:
     """Verifies every chunk's CRC up to the end chunk and keeps those that make the pixels."""
     found: dict[bytes, bytes] = {}
-    pixel_data: list[bytes] = []
+    pixel_data: list[memoryview] = []
     view = memoryview(data)
     position, end = len(SIGNATURE), len(data)
     while True:
@@ -200,7 +200,7 @@ def checked_chunks(data: bytes, name: str) -> Chunks:
         if kind == b"IEND":
             break
         if kind == b"IDAT":
-            pixel_data.append(data[position:stop])
+            pixel_data.append(view[position:stop])
         elif kind in (b"PLTE", b"tRNS", b"acTL"):
             found[kind] = data[position + 8 : stop - 4]
         position = stop
@@ -211,6 +211,12 @@ def checked_chunks(data: bytes, name: str) -> Chunks:
 
 def bare_file(header: PngHeader, chunks: Chunks) -> bytes:
     """The same picture as a file of header, palette and pixel data, and nothing else."""
+    palette = [_chunk(b"PLTE", chunks.palette)] if header.color_type == PALETTE else []
+    return file_of(header, [*palette, *chunks.pixel_data])
+
+
+def file_of(header: PngHeader, parts: Iterable[bytes | memoryview]) -> bytes:
+    """A file of a header, what is given (chunks, whole or in pieces), and the end chunk."""
     fields = struct.pack(
         ">IIBBBBB",
         header.width,
@@ -221,10 +227,7 @@ def bare_file(header: PngHeader, chunks: Chunks) -> bytes:
         0,
         header.interlaced,
     )
-    palette = [_chunk(b"PLTE", chunks.palette)] if header.color_type == PALETTE else []
-    return b"".join(
-        [SIGNATURE, _chunk(b"IHDR", fields), *palette, *chunks.pixel_data, _chunk(b"IEND", b"")]
-    )
+    return b"".join([SIGNATURE, _chunk(b"IHDR", fields), *parts, _chunk(b"IEND", b"")])
 
 
 def _chunk(kind: bytes, body: bytes) -> bytes:
@@ -246,12 +249,12 @@ def check_length(header: PngHeader, chunks: Chunks, name: str) -> None:
         refuse(name, f"the pixel data end early: {found:,} of {expected:,} bytes")
 
 
-def _inflated_length(pixel_data: Iterable[bytes], enough: int) -> int:
+def _inflated_length(pixel_data: Iterable[memoryview], enough: int) -> int:
     """How many bytes the IDAT chunks inflate to, counted until there are more than enough."""
     inflater = zlib.decompressobj()
     found = 0
     for chunk in pixel_data:
-        body = memoryview(chunk)[8:-4]
+        body = chunk[8:-4]
         for start in range(0, len(body), _STEP_IN):
             rest: bytes | memoryview = body[start : start + _STEP_IN]
             full = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import signal
 import threading
@@ -50,3 +51,9 @@ def keep_freed_memory() -> bool:
         return False
     calls = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 << 20))
     return all(mallopt(parameter, value) == 1 for parameter, value in calls)
+
+
+def usable_cores() -> int:
+    """How many cores this process may use; on Linux those that a scheduler gave it."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone knows what a job was given
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,11 @@ from featstore.cohort import (
 )
 from featstore.cohort.names import natural_sorted, normalize_case
 from featstore.cohort.splits import Split, make_splits, write_splits
-from featstore.cohort.tables import write_csv
 from featstore.config import FeatstoreConfig
 from featstore.errors import CohortError, ConfigError
 from featstore.extraction import ExtractionReport, Plan, Progress, extract
+from featstore.extraction.report_files import save_report, withdraw_report
+from featstore.extraction.shards import parse_shard
 from featstore.project_file import document
 from featstore.settings import PROJECT_FILE
 from featstore.store import Store
@@ -145,6 +145,8 @@ def extract_project(
 ) -> ExtractionReport:
     """Check the cohort, fill the store, and save a report of both.
 
+    The last share of an array to end also saves, and returns, the report of all shares.
+
     Args:
         config: The project's settings.
         project: The folder that relative paths start from.
@@ -164,10 +166,10 @@ def extract_project(
         if report is not None:
             report.save(project / REPORTS / "check")
         announce(found, plan, report)
+        withdraw_report(parse_shard(config.extract.shard), project / REPORTS / "extract")
 
     report = extract(config, project, observe, checked)
-    _save_extraction(report, project / REPORTS / "extract")
-    return report
+    return replace(report, merged=save_report(report, project / REPORTS / "extract"))
 
 
 @dataclass(frozen=True)
@@ -271,18 +273,6 @@ def _labels(config: FeatstoreConfig, project: Path) -> Labels | None:
     if config.labels.file is None:
         return None
     return read_labels(config.labels, config.classes, project, config.patches.normalize_cases)
-
-
-def _save_extraction(report: ExtractionReport, folder: Path) -> None:
-    shard = report.shard
-    suffix = "" if shard.count == 1 else f"_{shard.index}_of_{shard.count}"
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report.to_json(), indent=2, ensure_ascii=False)
-    (folder / f"report{suffix}.json").write_text(text + "\n", encoding="utf-8")
-    write_csv(folder / f"skipped{suffix}.csv", ["path", "reason"], report.skipped)
-    columns = ["case_id", "stain", "slice_id", "patch", "path"]
-    vanished = report.plan.vanished[columns].itertuples(index=False)
-    write_csv(folder / f"vanished{suffix}.csv", columns, [tuple(row) for row in vanished])
 
 
 def _class_name(raw: str) -> str:

@@ -47,11 +47,10 @@ def quality(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         Laplacian (4 neighbours) of the grey image, 0 if a side is under 3 pixels.
     """
     height, width = pixels.shape[:2]
-    sample = np.ascontiguousarray(pixels[:: -(-height // GRID), :: -(-width // GRID)])
-    channels = [np.ascontiguousarray(sample[..., c]) for c in range(3)]
-    red, green, blue = (float(c.mean()) for c in channels)
+    channels = _channels(pixels[:: -(-height // GRID), :: -(-width // GRID)])
+    red, green, blue = (int(c.sum(dtype=np.uint32)) / c.size for c in channels)
     top, left = max(0, (height - WINDOW) // 2), max(0, (width - WINDOW) // 2)
-    window = pixels[top : top + WINDOW, left : left + WINDOW]
+    window = _channels(pixels[top : top + WINDOW, left : left + WINDOW])
     return np.array(
         [
             width,
@@ -61,10 +60,15 @@ def quality(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
             blue,
             _entropy(_grey(*channels)),
             _tissue_fraction(*channels),
-            _laplacian_variance(_grey(*(window[..., c] for c in range(3)))),
+            _laplacian_variance(_grey(*window)),
         ],
         np.float32,
     )
+
+
+def _channels(pixels: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    """Each of its own and contiguous: arithmetic on every third byte takes more than twice as long."""
+    return [np.ascontiguousarray(pixels[..., c]) for c in range(3)]
 
 
 def _grey(red: NDArray[np.uint8], green: NDArray[np.uint8], blue: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -97,9 +101,11 @@ def _laplacian_variance(grey: NDArray[np.uint8]) -> float:
     if min(grey.shape) < 3:
         return 0.0
     g = grey.astype(np.int16)
-    laplacian = g[1:-1, 1:-1] * np.int16(-4)
-    laplacian += g[:-2, 1:-1]
-    laplacian += g[2:, 1:-1]
-    laplacian += g[1:-1, :-2]
-    laplacian += g[1:-1, 2:]
-    return float(laplacian.var(dtype=np.float64))
+    middle = g[1:-1]
+    laplacian = middle[:, :-2] + middle[:, 2:]
+    laplacian += (g[:-2] + g[2:])[:, 1:-1]
+    laplacian -= middle[:, 1:-1] << 2
+    # Sums of integers: exact, and a third of the time of NumPy's variance.
+    n, total = laplacian.size, int(laplacian.sum(dtype=np.int32))
+    squares = int(np.multiply(laplacian, laplacian, dtype=np.int32).sum(dtype=np.int64))
+    return (n * squares - total * total) / (n * n)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from featstore.bags import Bag, BagBatch, collate
 from featstore.errors import StoreError
@@ -35,6 +36,8 @@ class CaseBags:
         labels: Class index of every case that is wanted; None: all cases, without labels.
         memory: Bytes that the embeddings may take; None: half of what the device has free.
         device: Where batches are wanted; None: the CPU.
+        views: Whether augmented views will be asked for (`Bag.view`): they are kept in memory as
+            well, where they fit beside the plain ones.
 
     Raises:
         StoreError: A case is not in the store, or has embeddings that are not finite.
@@ -46,6 +49,7 @@ class CaseBags:
         labels: Mapping[str, int] | None = None,
         memory: int | None = None,
         device: torch.device | None = None,
+        views: bool = False,
     ) -> None:
         self.store, self.device = store, device or torch.device("cpu")
         known: Mapping[str, int | None] = dict.fromkeys(store.cases()) if labels is None else labels
@@ -55,8 +59,13 @@ class CaseBags:
         size = rows * store.spec.dim * np.dtype(store.spec.stored_dtype).itemsize
         self._none = torch.from_numpy(np.empty((0, store.spec.dim), store.spec.stored_dtype))
         self.resident: torch.Tensor | None = None
-        if size <= (memory_budget("auto", self.device) if memory is None else memory):
+        if memory is None:
+            memory = memory_budget("auto", self.device)
+        self._views: torch.Tensor | None = None
+        if size <= memory:
             self._load(rows)
+            if views and size * store.spec.views <= memory:
+                self._load_views()
         else:
             for case in self.outlines:  # better told now than in the middle of an epoch
                 self._check(case, self._read(case))
@@ -69,6 +78,11 @@ class CaseBags:
             self._start[case] = start
             start += len(outline)
         self.resident = held.to(self.device)
+
+    def _load_views(self) -> None:
+        if self.store.spec.views > 1:
+            found = [torch.from_numpy(self.store.views(case)).flatten(0, 1) for case in self.outlines]
+            self._views = torch.cat(found).to(self.device)
 
     def _read(self, case: str, into: torch.Tensor | None = None) -> torch.Tensor:
         return torch.from_numpy(self.store.features(case, None if into is None else into.numpy()))
@@ -111,7 +125,7 @@ class CaseBags:
 
     def _embeddings(self, bags: Sequence[Bag]) -> torch.Tensor:
         cases = [self._case(bag) for bag in bags]
-        if len(bags) == 1 and len(bags[0]) == len(self.outlines[cases[0]]):
+        if len(bags) == 1 and len(bags[0]) == len(self.outlines[cases[0]]) and bags[0].view is None:
             return self.features(cases[0]).to(self.device, non_blocking=True)
         like = self._none if self.resident is None else self.resident
         # Each row is copied once: bag by bag and then all together would be twice.
@@ -120,7 +134,24 @@ class CaseBags:
             cases, bags, torch.split(found, [len(bag) for bag in bags]), strict=True
         ):
             self._fill(rows, case, bag)
+            if bag.view is not None and bag.view.any():
+                self._fill_views(rows, case, bag, bag.view)
         return found
+
+    def _fill_views(self, rows: torch.Tensor, case: str, bag: Bag, view: NDArray[np.int64]) -> None:
+        """Put augmented views in the place of plain ones."""
+        at = np.flatnonzero(view)
+        index, number, count = (bag.rows - self.outlines[case].rows[0])[at], view[at] - 1, self._count
+        if self._views is None:
+            found = torch.from_numpy(self.store.views(case)[index, number]).to(self.device)
+        else:
+            place = torch.from_numpy((index + self._start[case]) * count + number)
+            found = self._views.index_select(0, place.to(self.device, non_blocking=True))
+        rows[torch.from_numpy(at).to(self.device, non_blocking=True)] = found
+
+    @property
+    def _count(self) -> int:
+        return self.store.spec.views - 1
 
     def _case(self, bag: Bag) -> str:
         # By row, not by name: a sub-case has a name of its own, which may be another case's.
@@ -159,10 +190,10 @@ def memory_budget(gigabytes: float | str, device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) // 2
-    return _free_memory() // 2
+    return free_memory() // 2
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """Bytes that this process may still take: of the machine, and of its cgroup where there is one."""
     free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with contextlib.suppress(OSError, ValueError, StopIteration):

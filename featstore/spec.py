@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +27,8 @@ class EmbeddingSpec:
             or ``imported:FORMAT:ENCODER`` where another tool made the embeddings.
         weights_sha256: Digest of the state dict's names, dtypes, shapes and values.
         resize: Side in pixels of the square that the whole patch is resized to; with a crop, of
-            the shorter side before it; 0 where it is not known.
+            the shorter side before it; ``native`` or ``native32`` where patches keep their own;
+            0 where it is not known.
         crop: Side of the centre crop in pixels; None for none.
         interpolation: ``bilinear``, ``bicubic``, …, the model's own.
         resize_implementation: Which code resizes; results differ in the last bits.
@@ -41,11 +42,14 @@ class EmbeddingSpec:
         stored_dtype: ``float16`` or ``float32``.
         runtime: What computes the forward pass (``torch``).
         dim: Number of features D.
+        views: Views a patch V: the plain one and V − 1 augmented ones.
+        view_seed: Seed of the augmented views; 0 where there are none.
+        view_policy: What they are; empty where there are none.
     """
 
     backbone: str
     weights_sha256: str
-    resize: int
+    resize: int | str
     crop: int | None
     interpolation: str
     resize_implementation: str
@@ -59,6 +63,9 @@ class EmbeddingSpec:
     stored_dtype: str
     runtime: str
     dim: int
+    views: int = 1
+    view_seed: int = 0
+    view_policy: str = ""
 
     @classmethod
     def imported(cls, source: str, encoder: str | None, dim: int, dtype: str) -> EmbeddingSpec:
@@ -89,6 +96,20 @@ class EmbeddingSpec:
             dim=dim,
         )
 
+    def with_views(self, count: int, seed: int, policy: str) -> EmbeddingSpec:
+        """The same with augmented views beside the plain one."""
+        return self if count == 1 else replace(self, views=count, view_seed=seed, view_policy=policy)
+
+    def rows(self) -> dict[str, tuple[int, ...]]:
+        """Shape of a row of the columns that hold embeddings: ``features`` and, with views, ``views``."""
+        plain: dict[str, tuple[int, ...]] = {"features": (self.dim,)}
+        return plain if self.views == 1 else {**plain, "views": (self.views - 1, self.dim)}
+
+    @property
+    def plain(self) -> EmbeddingSpec:
+        """The same without augmented views: what the plain one's embeddings depend on."""
+        return replace(self, views=1, view_seed=0, view_policy="")
+
     @property
     def is_imported(self) -> bool:
         """Whether another tool made the embeddings, so that no patch can be embedded likewise."""
@@ -101,14 +122,14 @@ class EmbeddingSpec:
         A field that a later version adds has a default, which stands for what was the case before
         it; at its default it is left out, so that older stores keep their fingerprint.
         """
-        kept = {f.name: f.default for f in fields(self)}
-        body = {k: v for k, v in self.to_json().items() if kept[k] is MISSING or v != kept[k]}
-        text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON types."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """The fields as JSON types, without those that a later version added and that say nothing new."""
+        kept = {f.name: f.default for f in fields(self)}
+        found = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {k: v for k, v in found.items() if kept[k] is MISSING or v != kept[k]}
 
     @classmethod
     def from_json(cls, data: dict[str, Any], where: str) -> EmbeddingSpec:
@@ -132,5 +153,5 @@ class EmbeddingSpec:
 
     def differences(self, other: EmbeddingSpec) -> list[str]:
         """One line for each field in which ``self`` and ``other`` differ."""
-        mine, theirs = self.to_json(), other.to_json()
+        mine, theirs = asdict(self), asdict(other)
         return [f"{k}: {mine[k]} here, {theirs[k]} there" for k in mine if mine[k] != theirs[k]]

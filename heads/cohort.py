@@ -143,7 +143,7 @@ def load_bags(
     device = _device(config.train.device)
     if device.type == "cpu":
         keep_freed_memory()
-    if fingerprint not in (None, store.spec.fingerprint):
+    if fingerprint not in (None, store.spec.fingerprint, store.spec.plain.fingerprint):
         raise FingerprintMismatch(
             f"the store has {store.spec.dim} features of {store.spec.backbone}, "
             f"fingerprint {store.spec.fingerprint}",
@@ -151,7 +151,8 @@ def load_bags(
             where=str(store.path),
             fix="name the run's store (run.json says which), or train anew",
         )
-    bags = CaseBags(store, labels, memory_budget(config.train.memory_gb, device), device)
+    memory = memory_budget(config.train.memory_gb, device)
+    bags = CaseBags(store, labels, memory, device, config.train.views)
     if bags.resident is None:
         tell("warning: the embeddings do not fit into train.memory_gb; every epoch reads them again")
     return bags
@@ -180,7 +181,7 @@ def describe(bags: CaseBags, names: Sequence[str], labels: dict[str, int], split
         "cases": {part: len(cases) for part, cases in split.parts().items()},
         "store": {
             "path": str(bags.store.path),
-            "fingerprint": bags.store.spec.fingerprint,
+            "fingerprint": bags.store.spec.plain.fingerprint,
             "spec": asdict(bags.store.spec),
             "digest": bags.store.digest(natural_sorted(labels)),
         },

@@ -162,6 +162,9 @@ class TrainConfig(Section):
     per_slice_cap: int | None = Field(
         800, ge=1, description="patches of a slice used in an epoch of training, drawn afresh in each"
     )
+    views: bool = Field(
+        True, description="draw one of each patch's cached views in every epoch, where the store has any"
+    )
     max_slices_per_stain: int | None = Field(
         None, ge=1, description="slices of a stain used in training; a choice fixed for the run"
     )

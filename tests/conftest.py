@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 # The networks of the tests are tiny: several threads only wait for one another, for seconds on a
@@ -27,6 +28,15 @@ def shared_data() -> Path:
     if folder is None:
         pytest.skip("no shared data: FEATSTORE_SHARED_DATA names no folder, and ../shared/data is absent")
     return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_openvino_by_itself(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Keep `runtime: auto` from loading OpenVINO into this process: children forked later would crash."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not any(str(argument).endswith("runtimes.py") for argument in request.config.args):
+            patch.setattr("featstore.extraction.forward.find_spec", lambda name: None)
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -17,7 +17,7 @@ from torch import nn
 
 from featstore.config import BackboneConfig
 from featstore.errors import BackboneError
-from featstore.images import COLOR_POLICY, RESIZE_IMPLEMENTATION, Preprocessing
+from featstore.images import COLOR_POLICY, NATIVE_TYPICAL, RESIZE_IMPLEMENTATION, Preprocessing
 from featstore.spec import EmbeddingSpec
 
 from .weights import state_sha256
@@ -165,6 +165,8 @@ def assemble(
     """
     module.eval().requires_grad_(False)
     shape = _output_shape(module, preprocessing.size, config.name)
+    if preprocessing.is_native:
+        _check_native(module, config.name, shape, preprocessing.input_size(_TRIAL, _TRIAL)[0])
     if len(shape) != 2:
         raise BackboneError(
             f"{config.name} gives features of shape {shape[1:]} a patch",
@@ -183,6 +185,25 @@ def assemble(
         final_relu=final_relu,
         weights_ignored=weights_ignored,
     )
+
+
+# No multiple of any patch size: with native sizes nearly all patches are none.
+_TRIAL = 2 * NATIVE_TYPICAL + 33
+
+
+def _check_native(module: nn.Module, name: str, shape: tuple[int, ...], size: int) -> None:
+    """Whether the module takes patches of any size, and gives features of one length."""
+    try:
+        fits = _output_shape(module, size, name) == shape
+    except BackboneError:
+        fits = False
+    if not fits:
+        raise BackboneError(
+            f"{name} takes patches of one size only",
+            expected="a convolutional network, for native sizes",
+            where="backbone.resize",
+            fix="set backbone.resize: model, or choose densenet121 or resnet50",
+        )
 
 
 @torch.no_grad()
@@ -252,10 +273,11 @@ def pool_grid(maps: torch.Tensor, n: int, name: str) -> torch.Tensor:
         (B, C · n²) float32, channel-major: index c · n² + row · n + column.
 
     Raises:
-        BackboneError: The map has fewer than n rows or columns.
+        BackboneError: A trial without data, of the size that all patches have, shows fewer than n
+            rows or columns. Of small patches at their own size the cells then share their rows.
     """
     height, width = maps.shape[-2:]
-    if min(height, width) < n:
+    if maps.is_meta and min(height, width) < n:
         raise BackboneError(
             f"{name} gives a feature map of {height} × {width} at this size",
             expected=f"at least {n} × {n}, for backbone.pool {n}",

@@ -88,13 +88,13 @@ def timm_model(config: BackboneConfig, base: Path) -> Backbone:
             fix=f"set backbone.name: timm:{tagged}",
         )
     source = _Source(name, config.name)
-    native = _preprocessing(source.data_config(), config)
-    model = source.create(native.size, config.weights == "imagenet")
+    preprocessing = _preprocessing(source.data_config(), config)
+    model = source.create(preprocessing.size, config.weights == "imagenet")
     ignored: tuple[str, ...] = ()
     if config.weights != "imagenet":
         ignored = load_into(model, config.weights, base, config.name, source.weights_file)
     module = TimmFeatures(model, config.pool, config.name)
-    return assemble(config, model, module, native, weights_ignored=ignored)
+    return assemble(config, model, module, preprocessing, weights_ignored=ignored)
 
 
 class _Source:
@@ -226,7 +226,7 @@ def _hub_config(path: Path, shown: str) -> dict[str, Any]:
 
 
 def _preprocessing(data: dict[str, Any], config: BackboneConfig) -> Preprocessing:
-    """From timm's data config, of which an integer ``resize`` keeps interpolation, mean and std."""
+    """From timm's data config, of which all but ``model`` keeps interpolation, mean and std."""
     size, crop = data["input_size"][1], None
     resize = size if config.resize == "model" else config.resize
     if config.resize == "model":

@@ -94,10 +94,10 @@ def _build(
 
 
 def _preprocessing(resize: int | str, transforms: Any) -> Preprocessing:
-    """From the weights' own transforms, of which an integer ``resize`` keeps all but the sizes."""
-    whole = isinstance(resize, int)
+    """From the weights' own transforms, of which all but ``model`` keeps all but the sizes."""
+    whole = resize != "model"
     return Preprocessing(
-        resize=resize if isinstance(resize, int) else transforms.resize_size[0],
+        resize=resize if whole else transforms.resize_size[0],
         crop=None if whole else transforms.crop_size[0],
         interpolation=transforms.interpolation.value,
         mean=tuple(transforms.mean),

@@ -26,11 +26,19 @@ _QUEUE = 16
 
 @dataclass(frozen=True)
 class Batch:
-    """Patches on their way to the store: rows (n,) of the pending table, in its order."""
+    """Patches on their way to the store.
+
+    Attributes:
+        rows: (n,) rows of the pending table, ascending.
+        features: Their n · V embeddings, view by view within a patch; None if there are none.
+        loaded: What else is known of each.
+        failed: Rows that will never come: their files cannot be used.
+    """
 
     rows: NDArray[np.int64]
-    features: PendingFeatures
+    features: PendingFeatures | None
     loaded: list[Loaded]
+    failed: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -47,18 +55,27 @@ class _Buffer:
 class Committer:
     """Commits what it is given, in a thread of its own.
 
-    A case's part is closed when a row of another case arrives, at ``part_bytes``,
-    or when its first row has waited ``part_seconds``.
+    Rows that come out of order (`schedule`) wait for those before them, up to ``part_seconds``. A
+    case's part is closed when a row of another case arrives, at ``part_bytes``, or when its first row
+    has waited ``part_seconds``.
 
     Args:
         writer: The store.
         pending: The pending table (n rows), sorted by case.
         part_bytes: Size at which a part is closed.
         part_seconds: Age at which a part is closed.
+        rows: The rows that will come, ascending; all by default.
+        views: Views a patch V.
     """
 
     def __init__(
-        self, writer: StoreWriter, pending: pd.DataFrame, part_bytes: int, part_seconds: float
+        self,
+        writer: StoreWriter,
+        pending: pd.DataFrame,
+        part_bytes: int,
+        part_seconds: float,
+        rows: NDArray[np.int64] | None = None,
+        views: int = 1,
     ) -> None:
         self.committed = 0
         self.seconds = 0.0
@@ -72,6 +89,12 @@ class Committer:
         self._path: NDArray[Any] = pending["path"].to_numpy(object)
         self._geometry = corners(pending)
         self._buffer = _Buffer()
+        self._views = views
+        self._expected = list(range(len(pending))) if rows is None else rows.tolist()
+        self._next = 0
+        self._gone: set[int] = set()
+        self._waiting: dict[int, tuple[NDArray[Any], Loaded]] = {}
+        self._waiting_since = 0.0
         self._queue: queue.Queue[Batch | None] = queue.Queue(_QUEUE)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="featstore-committer", daemon=True)
@@ -107,7 +130,11 @@ class Committer:
             if self._error is None:
                 self._guarded(partial(self._add, batch))
         if self._error is None:
-            self._guarded(self._commit)
+            self._guarded(self._finish)
+
+    def _finish(self) -> None:
+        self._release_all()
+        self._commit()
 
     def _guarded(self, step: Any) -> None:
         try:
@@ -116,28 +143,53 @@ class Committer:
             self._error = error
 
     def _add(self, batch: Batch) -> None:
-        features = batch.features.result()
-        self._check(features, batch.rows)
-        for i, row in enumerate(batch.rows.tolist()):
-            buffer = self._buffer
-            if buffer.rows and self._is_full(row):
-                self._commit()
-                buffer = self._buffer
-            if not buffer.rows:
-                buffer.since = time.monotonic()
-            buffer.rows.append(row)
-            buffer.features.append(features[i])
-            buffer.loaded.append(batch.loaded[i])
-            buffer.size += features[i].nbytes
+        self._gone.update(batch.failed)
+        if batch.features is not None:
+            features = batch.features.result()
+            features = features.reshape(len(batch.rows), self._views, features.shape[-1])
+            self._check(features, batch.rows)
+            if not self._waiting:
+                self._waiting_since = time.monotonic()
+            for i, row in enumerate(batch.rows.tolist()):
+                self._waiting[row] = (features[i], batch.loaded[i])
+        while self._next < len(self._expected):
+            row = self._expected[self._next]
+            if row in self._waiting:
+                self._take(row, *self._waiting.pop(row))
+            elif row in self._gone:
+                self._gone.discard(row)
+            else:
+                break
+            self._next += 1
+        if self._waiting and time.monotonic() - self._waiting_since >= self._part_seconds:
+            self._release_all()
+            self._commit()
+
+    def _release_all(self) -> None:
+        """Let rows go that still wait for others: those are late, or will never come."""
+        for row in sorted(self._waiting):
+            self._take(row, *self._waiting.pop(row))
+            self._gone.add(row)
+
+    def _take(self, row: int, features: NDArray[Any], loaded: Loaded) -> None:
+        if self._buffer.rows and self._is_full(row):
+            self._commit()
+        buffer = self._buffer
+        if not buffer.rows:
+            buffer.since = time.monotonic()
+        buffer.rows.append(row)
+        buffer.features.append(features)
+        buffer.loaded.append(loaded)
+        buffer.size += features.nbytes
 
     def _is_full(self, row: int) -> bool:
         buffer = self._buffer
-        other = self._case[buffer.rows[-1]] != self._case[row]
+        other = self._case[buffer.rows[-1]] != self._case[row] or row < buffer.rows[-1]
         age = time.monotonic() - buffer.since
         return bool(other or buffer.size >= self._part_bytes or age >= self._part_seconds)
 
     def _check(self, features: NDArray[Any], rows: NDArray[np.int64]) -> None:
-        bad = ~np.isfinite(features).all(axis=1)
+        bad = ~np.isfinite(features).all(axis=(1, 2))
         if bad.any():
             path = self._path[rows[bad][0]]
             if features.dtype == np.float16 and not np.isnan(features[bad][0]).any():
@@ -183,7 +235,8 @@ class Committer:
                 stain=self._stain[rows[a]],
                 slice_id=self._slice[rows[a]],
                 columns={
-                    "features": features[a:b],
+                    "features": np.ascontiguousarray(features[a:b, 0]),
+                    **({"views": np.ascontiguousarray(features[a:b, 1:])} if self._views > 1 else {}),
                     "patch": self._patch[rows[a:b]],
                     **{name: values[a:b] for name, values in columns.items()},
                 },

@@ -1,29 +1,34 @@
-"""The forward pass: device, precision, batches of one size, and out-of-memory."""
+"""The forward pass: where, how exactly, and by what it is computed; `pytorch` and `openvino` do it."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from featstore.backbones import Backbone, normalize
+from featstore.backbones import Backbone
 from featstore.errors import ConfigError, FeatstoreError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _AMP = {"bf16": "bfloat16", "fp16": "float16", "off": "float32"}
-# On CPUs a small batch stays in the caches; on GPUs a large one fills the processors.
-# Allocators of the CPU, of cuBLAS and cuDNN and of pinned memory raise plain RuntimeErrors.
+# Allocators of the CPU, of cuBLAS and cuDNN, of pinned memory and of OpenVINO raise plain RuntimeErrors.
 _OUT_OF_MEMORY = (
     "not enough memory",
     "can't allocate memory",
     "ALLOC_FAILED",
     "CUDA error: out of memory",
+    "bad_alloc",
+    "bad allocation",
 )
+# On CPUs a small batch stays in the caches; on GPUs a large one fills the processors.
 _AUTO_BATCH = {"cpu": 16, "cuda": 256}
+# Patches of other sizes than the usual: as many pixels in a pass as this side would make.
+_USUAL_SIDE = 224
+# Texts of the fingerprint. Stores from before folding say `torch`, and are extended with the same bits.
+UNFOLDED, FOLDED, OPENVINO = "torch", "torch, folded", "openvino"
 
 
 def choose_device(text: str) -> torch.device:
@@ -69,132 +74,159 @@ def choose_batch_size(batch_size: int | str, device: torch.device) -> int:
     return _AUTO_BATCH[device.type] if batch_size == "auto" else int(batch_size)
 
 
-class PendingFeatures:
-    """Embeddings on their way to the host, (n, D); `result` waits for them."""
+def choose_runtime(text: str, device: torch.device, stored: str | None) -> str:
+    """What computes the forward pass, as the fingerprint calls it.
 
-    def __init__(self, chunks: list[torch.Tensor], event: Any) -> None:
-        self._chunks = chunks
-        self._event = event
+    Args:
+        text: ``auto``, ``torch`` or ``openvino``.
+        device: Where the forward pass runs.
+        stored: The runtime of a store that is to be extended; kept where it can be.
 
-    def result(self) -> NDArray[Any]:
-        """(n, D) float16 or float32 array."""
-        if self._event is not None:
-            self._event.synchronize()
-        arrays = [chunk.numpy() for chunk in self._chunks]
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    Returns:
+        ``torch``, ``torch, folded`` or ``openvino``.
+
+    Raises:
+        ConfigError: OpenVINO is needed and is not installed, or was asked for on a GPU.
+    """
+    chosen = _chosen_runtime(text, device, stored)
+    if chosen == OPENVINO and device.type != "cpu":
+        reason = "the store was computed with OpenVINO" if text == "auto" else "extract.runtime is openvino"
+        raise ConfigError(
+            f"{reason}, which does not run on {device}",
+            expected="a CPU for OpenVINO, PyTorch for a GPU",
+            where="extract.runtime, extract.device",
+            fix="use --device cpu, or set extract.runtime: torch and another store: --store-path FOLDER",
+        )
+    if chosen == OPENVINO:
+        from featstore.extraction.openvino import load_openvino
+
+        load_openvino()
+    return chosen
 
 
-class Embedder:
-    """Pixels in, embeddings out.
+def _chosen_runtime(text: str, device: torch.device, stored: str | None) -> str:
+    if text == "openvino":
+        return OPENVINO
+    if stored in (UNFOLDED, FOLDED) or (stored == OPENVINO and text == "auto"):
+        return stored
+    # Asked without importing it: whoever does not use it must not wait for it.
+    if text == "auto" and device.type == "cpu" and find_spec("openvino") is not None:
+        return OPENVINO
+    return FOLDED
 
-    Every forward pass has exactly ``batch_size`` patches, short ones filled up by
-    repeating the last: kernels are chosen by shape, and with one shape a patch's
-    embedding does not depend on which patches are left to do after an interruption.
+
+def make_embedder(
+    backbone: Backbone,
+    device: torch.device,
+    compute_dtype: str,
+    stored_dtype: str,
+    batch_size: int,
+    runtime: str,
+    compile: bool,
+) -> Embedder:
+    """The backbone, ready to take batches.
 
     Args:
         backbone: The frozen network.
         device: Where it runs.
-        compute_dtype: ``float32``, ``bfloat16`` or ``float16`` (autocast).
+        compute_dtype: ``float32``, ``bfloat16`` or ``float16``.
         stored_dtype: ``float16`` or ``float32``.
-        batch_size: Patches in a forward pass; halved when memory runs out.
+        batch_size: Patches in a forward pass.
+        runtime: As `choose_runtime` gives it.
+        compile: Use ``torch.compile``; means nothing to OpenVINO.
+
+    Raises:
+        ConfigError: The runtime is not there, or cannot run this backbone.
     """
+    if runtime == OPENVINO:
+        from featstore.extraction.openvino import OpenVinoEmbedder
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        device: torch.device,
-        compute_dtype: str,
-        stored_dtype: str,
-        batch_size: int,
-    ) -> None:
-        self.batch_size = batch_size
-        self.halved = 0
-        self.device = device
-        self._backbone = backbone
-        self._module = backbone.module.to(device).to(memory_format=torch.channels_last)
-        self._compute = DTYPES[compute_dtype]
-        self._stored = DTYPES[stored_dtype]
+        return OpenVinoEmbedder(backbone, compute_dtype, stored_dtype, batch_size)
+    from featstore.extraction.pytorch import TorchEmbedder
 
-    def __call__(self, pixels: NDArray[np.uint8]) -> PendingFeatures:
-        """Start a forward pass.
+    fold = runtime == FOLDED
+    return TorchEmbedder(backbone, device, compute_dtype, stored_dtype, batch_size, fold, compile)
 
-        Args:
-            pixels: (n, H, W, 3) uint8.
 
-        Returns:
-            The n embeddings; on a GPU they may still be in the making.
+class Outcome(Protocol):
+    """What a forward pass will have computed."""
+
+    def collect(self) -> list[torch.Tensor]:
+        """The embeddings, (n, D) in all, on the host; waits for them."""
+        ...
+
+
+class PendingFeatures:
+    """Embeddings on their way to the host, (n, D); `result` waits for them."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self._outcome = outcome
+
+    def result(self) -> NDArray[Any]:
+        """(n, D) float16 or float32 array.
 
         Raises:
             FeatstoreError: Memory does not suffice for one patch.
         """
-        while True:
-            try:
-                with self._on_device():
-                    return self._run(pixels)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                if self.batch_size == 1:
-                    raise FeatstoreError(
-                        f"{self.device} has too little memory for one patch of "
-                        f"{pixels.shape[1]} × {pixels.shape[2]} px",
-                        where="extract.batch_size",
-                        fix="use a smaller --resize, another --device, or free the memory",
-                    ) from error
-            # Outside the handler, so that the failed pass's tensors are free again.
-            self.batch_size //= 2
-            self.halved += 1
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    @contextlib.contextmanager
-    def _on_device(self) -> Iterator[None]:
-        """Events, streams and precision as this device's, whichever one is current."""
-        if self.device.type != "cuda":
-            yield
-            return
-        # float32 must mean float32: TF32 rounds to 10 bits, and the fingerprint would not say so.
-        exact = self._compute == torch.float32
-        convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-        with torch.cuda.device(self.device):
-            try:
-                if exact:
-                    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-                yield
-            finally:
-                torch.backends.cudnn.allow_tf32 = convolutions
-                torch.backends.cuda.matmul.allow_tf32 = products
-
-    @torch.inference_mode()
-    def _run(self, pixels: NDArray[np.uint8]) -> PendingFeatures:
-        chunks = []
-        for start in range(0, len(pixels), self.batch_size):
-            chunk = pixels[start : start + self.batch_size]
-            chunks.append(self._forward(chunk)[: len(chunk)])
-        if self.device.type != "cuda":
-            return PendingFeatures(chunks, None)
-        hosts = [torch.empty(c.shape, dtype=c.dtype, pin_memory=True) for c in chunks]
-        for host, chunk_on_device in zip(hosts, chunks, strict=True):
-            host.copy_(chunk_on_device, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        return PendingFeatures(hosts, event)
-
-    def _forward(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
-        if len(pixels) < self.batch_size:
-            fill = np.repeat(pixels[-1:], self.batch_size - len(pixels), axis=0)
-            pixels = np.concatenate((pixels, fill))
-        batch = torch.from_numpy(pixels)
-        if self.device.type == "cuda":
-            batch = batch.pin_memory().to(self.device, non_blocking=True)
-        preprocessing = self._backbone.preprocessing
-        x = normalize(batch, preprocessing.mean, preprocessing.std, torch.float32)
-        with torch.autocast(self.device.type, self._compute, enabled=self._compute != torch.float32):
-            features: torch.Tensor = self._module(x)
-        return features.to(self._stored)
+        arrays = [chunk.numpy() for chunk in self._outcome.collect()]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+class Embedder(Protocol):
+    """Pixels in, embeddings out, whatever computes them.
+
+    Attributes:
+        batch_size: Patches of the usual size in a forward pass.
+        halved: How often memory ran out.
+        device: Where it runs.
+        runtime: What computes, as the fingerprint calls it.
+        folding: What became of batch normalisation, in words.
+    """
+
+    batch_size: int
+    halved: int
+    device: torch.device
+    runtime: str
+    folding: str
+
+    def forward_size(self, height: int, width: int) -> int:
+        """How many patches of a size in pixels go into one forward pass."""
+        ...
+
+    def __call__(self, pixels: NDArray[np.uint8]) -> PendingFeatures:
+        """Start a forward pass of patches (n, H, W, 3) uint8: any n, any size."""
+        ...
+
+    def close(self) -> None:
+        """Give threads and memory back."""
+        ...
+
+
+def budgeted_patches(batch_size: int, size: int | None, height: int, width: int) -> int:
+    """Patches in a forward pass: ``batch_size`` of the configured size, of others as many pixels.
+
+    Args:
+        batch_size: Patches of 224 × 224 px, or of the configured size.
+        size: Side of the configured size in px; None where every patch keeps its own.
+        height: In px.
+        width: In px.
+    """
+    if (height, width) == (size, size):
+        return batch_size
+    return max(1, batch_size * _USUAL_SIDE**2 // (height * width))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of PyTorch or OpenVINO says that memory ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def no_memory_for_one(device: torch.device, pixels: NDArray[np.uint8]) -> FeatstoreError:
+    """The error for patches (n, H, W, 3) of which not even one can be computed."""
+    return FeatstoreError(
+        f"{device} has too little memory for one patch of {pixels.shape[1]} × {pixels.shape[2]} px",
+        where="extract.batch_size",
+        fix="use a smaller --resize, another --device, or free the memory",
+    )

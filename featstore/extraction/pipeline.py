@@ -6,24 +6,51 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from featstore.config import ImagesConfig
 from featstore.errors import ImageError
 from featstore.extraction.committer import Batch, Committer
 from featstore.extraction.forward import Embedder
-from featstore.extraction.loading import Loaded, Raw, load, read
+from featstore.extraction.loading import Loaded, Raw, Views, load, read
+from featstore.extraction.schedule import Rows, Schedule
 from featstore.images import Preprocessing
 
 T = TypeVar("T")
 R = TypeVar("R")
 # Threads that only wait for the disk or the network.
 _READERS = 8
+# Pixels that may be decoded ahead of the forward pass, besides the patches of the next batches.
+_PIXELS_AHEAD = 1 << 25
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a pass has to do.
+
+    Attributes:
+        pending: Rows of the patch table, sorted.
+        folder: The patches folder.
+        preprocessing: What the backbone wants.
+        schedule: Which rows, in which order.
+        images: Colour and size policy, and what to do about bad images.
+        views: How many views each patch has.
+        workers: Decoding threads.
+    """
+
+    pending: pd.DataFrame
+    folder: Path
+    preprocessing: Preprocessing
+    schedule: Schedule
+    images: ImagesConfig
+    views: Views
+    workers: int
 
 
 @dataclass
@@ -39,6 +66,9 @@ class Progress:
         waited_for_decoding: Seconds in which the forward pass had no batch.
         forward: Seconds in forward passes.
         waited_for_writing: Seconds in which the writer was too far behind.
+        reading: Seconds of all reading threads together.
+        decoding: Seconds of all decoding threads together.
+        writing: Seconds of the writing thread.
     """
 
     total: int
@@ -49,6 +79,9 @@ class Progress:
     waited_for_decoding: float = 0.0
     forward: float = 0.0
     waited_for_writing: float = 0.0
+    reading: float = 0.0
+    decoding: float = 0.0
+    writing: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -70,13 +103,9 @@ Observer = Callable[[Progress], None]
 
 
 def run_pass(
-    pending: pd.DataFrame,
-    folder: Path,
+    work: Work,
     embedder: Embedder,
-    preprocessing: Preprocessing,
     committer: Committer,
-    images: ImagesConfig,
-    workers: int,
     observe: Observer,
     stopped: Callable[[], bool],
 ) -> Progress:
@@ -86,13 +115,9 @@ def run_pass(
     then is committed.
 
     Args:
-        pending: Rows of the patch table, sorted.
-        folder: The patches folder.
+        work: What to do.
         embedder: The backbone.
-        preprocessing: What the backbone wants.
         committer: Takes the embeddings; is closed here.
-        images: Colour and size policy, and what to do about bad images.
-        workers: Decoding threads.
         observe: Called after every batch.
         stopped: Asked before every batch; True ends the pass.
 
@@ -100,94 +125,159 @@ def run_pass(
         ImageError: A file turned out to be unusable and ``on_bad_image`` is ``stop``.
         FeatstoreError: Memory or disk ran out, or an embedding is not finite.
     """
-    progress = Progress(total=len(pending))
-    paths = pending["path"].tolist()
+    progress = Progress(total=len(work.pending), skipped=list(work.schedule.skipped))
+    paths = work.pending["path"].tolist()
+    keys = _keys(work)
 
     def read_job(row: int) -> tuple[int, Raw]:
-        return row, read(folder, paths[row], images.max_pixels)
+        return row, read(work.folder, paths[row], work.images.max_pixels)
 
-    def decode_job(reading: Future[tuple[int, Raw]]) -> Loaded:
+    def decode_job(reading: Future[tuple[int, Raw]]) -> tuple[float, Loaded]:
         row, raw = reading.result()
-        return load(raw, paths[row], preprocessing, images.channel_order, images.max_pixels)
+        loaded = load(
+            raw,
+            paths[row],
+            work.preprocessing,
+            work.images.channel_order,
+            work.images.max_pixels,
+            work.views,
+            keys[row] if keys else "",
+        )
+        _check_size(loaded, work.schedule.sizes[row], paths[row])
+        return raw.seconds, loaded
 
+    batches = list(work.schedule.batches(embedder.forward_size, work.views.count))
+    order = [row for rows in batches for row in rows.tolist()]
+    pixels = work.schedule.sizes.prod(axis=1) * work.views.count
+    ahead = 2 * embedder.batch_size + 2 * work.workers
     with (
         ThreadPoolExecutor(_READERS, "featstore-reader") as readers,
-        ThreadPoolExecutor(workers, "featstore-decoder") as decoders,
+        ThreadPoolExecutor(work.workers, "featstore-decoder") as decoders,
     ):
         try:
-            raw = _ahead(readers, read_job, range(len(paths)), 2 * workers + _READERS)
-            decoded = _ahead(decoders, decode_job, raw, 2 * embedder.batch_size + 2 * workers)
-            for rows, loaded in _batches(decoded, paths, images, embedder, progress):
+            raw = _ahead(readers, read_job, order, lambda at: 1, 2 * work.workers + _READERS)
+            most = ahead * int(pixels.min()) + _PIXELS_AHEAD if order else 1
+            decoded = _ahead(decoders, decode_job, raw, lambda at: int(pixels[order[at]]), most)
+            for rows in batches:
                 if stopped():
                     break
-                _advance(np.array(rows), loaded, embedder, committer, progress)
+                _advance(rows, decoded, paths, work, embedder, committer, progress)
                 observe(progress)
         finally:
             readers.shutdown(wait=True, cancel_futures=True)
             decoders.shutdown(wait=True, cancel_futures=True)
             committer.close()
+            progress.writing = committer.seconds
     return progress
 
 
+def _keys(work: Work) -> list[str]:
+    """What tells each patch from all others; nothing where no view depends on it."""
+    if work.views.count == 1:
+        return []
+    columns = work.pending[["case_id", "stain", "slice_id", "patch"]].astype(str)
+    return ["\0".join(row) for row in columns.itertuples(index=False)]
+
+
+def _check_size(loaded: Loaded, size: NDArray[np.int64], path: str) -> None:
+    """A file may be replaced after its header was looked at: it no longer fits its batch.
+
+    Raises:
+        ImageError: The patch has another size than it was scheduled with.
+    """
+    height, width = loaded.pixels.shape[1:3]
+    if (height, width) != tuple(size.tolist()):
+        raise ImageError(
+            f"{path} is {width} × {height} px now",
+            expected=f"{size[1]} × {size[0]} px, as at the start of the run",
+            where=path,
+            fix="run the command again when nobody is changing the folder",
+        )
+
+
 def _advance(
-    rows: np.ndarray, loaded: list[Loaded], embedder: Embedder, committer: Committer, progress: Progress
+    rows: Rows,
+    decoded: Iterator[Future[tuple[float, Loaded]]],
+    paths: list[str],
+    work: Work,
+    embedder: Embedder,
+    committer: Committer,
+    progress: Progress,
+) -> None:
+    """One batch: take its patches, compute, hand over.
+
+    Raises:
+        ImageError: A file is unusable and that is to end the pass; what was decoded before it in
+            this batch is computed and handed over all the same.
+    """
+    started = time.monotonic()
+    taken, loaded, failed = [], [], []
+    error: ImageError | None = None
+    for row in rows.tolist():
+        try:
+            seconds, item = next(decoded).result()
+        except ImageError as problem:
+            if work.images.on_bad_image == "stop":
+                error = problem
+                break
+            progress.skipped.append((paths[row], problem.reason(paths[row])))
+            failed.append(row)
+            continue
+        progress.reading += seconds
+        progress.decoding += item.seconds
+        taken.append(row)
+        loaded.append(item)
+    progress.waited_for_decoding += time.monotonic() - started
+    if taken or failed:
+        _compute(np.array(taken, np.int64), loaded, failed, embedder, committer, progress)
+    if error is not None:
+        raise error
+
+
+def _compute(
+    rows: Rows,
+    loaded: list[Loaded],
+    failed: list[int],
+    embedder: Embedder,
+    committer: Committer,
+    progress: Progress,
 ) -> None:
     started = time.monotonic()
-    features = embedder(np.stack([item.pixels for item in loaded]))
+    features = embedder(np.concatenate([item.pixels for item in loaded])) if loaded else None
     computed = time.monotonic()
-    slim = [_without_pixels(item) for item in loaded]
-    committer.put(Batch(rows, features, slim))
+    # Pixels are hundreds of times larger than embeddings: they must not wait in the writer.
+    slim = [replace(item, pixels=np.empty((0, 0, 0, 3), np.uint8)) for item in loaded]
+    committer.put(Batch(rows, features, slim, failed))
     progress.forward += computed - started
     progress.waited_for_writing += time.monotonic() - computed
     progress.done += len(rows)
     progress.converted.update(item.converted for item in loaded if item.converted)
 
 
-def _without_pixels(item: Loaded) -> Loaded:
-    """Pixels are hundreds of times larger than embeddings: they must not wait in the writer."""
-    return Loaded(np.empty((0, 0, 3), np.uint8), item.quality, item.stat, item.sha256, item.converted)
-
-
 def _ahead(
-    pool: ThreadPoolExecutor, job: Callable[[T], R], items: Iterable[T], ahead: int
+    pool: ThreadPoolExecutor,
+    job: Callable[[T], R],
+    items: Iterable[T],
+    weight: Callable[[int], int],
+    most: int,
 ) -> Iterator[Future[R]]:
-    """Results in the order of the items, with a bounded number of them in the making."""
-    window: deque[Future[R]] = deque()
-    for item in items:
-        window.append(pool.submit(job, item))
-        if len(window) >= ahead:
-            yield window.popleft()
+    """Results in the order of the items, with a bounded amount of them in the making.
+
+    Args:
+        pool: Does the jobs.
+        job: What is done with each item.
+        items: In order.
+        weight: Of the item at a place in that order.
+        most: The weights in the making together, but for the last.
+    """
+    window: deque[tuple[int, Future[R]]] = deque()
+    total = 0
+    for at, item in enumerate(items):
+        window.append((weight(at), pool.submit(job, item)))
+        total += window[-1][0]
+        while window and total >= most:
+            size, future = window.popleft()
+            total -= size
+            yield future
     while window:
-        yield window.popleft()
-
-
-def _batches(
-    decoded: Iterator[Future[Loaded]],
-    paths: list[str],
-    images: ImagesConfig,
-    embedder: Embedder,
-    progress: Progress,
-) -> Iterator[tuple[list[int], list[Loaded]]]:
-    rows: list[int] = []
-    loaded: list[Loaded] = []
-    started = time.monotonic()
-    for row, future in enumerate(decoded):
-        try:
-            item = future.result()
-        except ImageError as error:
-            if images.on_bad_image == "stop":
-                # What is decoded already is still computed and committed.
-                if rows:
-                    yield rows, loaded
-                raise
-            progress.skipped.append((paths[row], error.reason(paths[row])))
-            continue
-        rows.append(row)
-        loaded.append(item)
-        if len(rows) == embedder.batch_size:
-            progress.waited_for_decoding += time.monotonic() - started
-            yield rows, loaded
-            rows, loaded = [], []
-            started = time.monotonic()
-    if rows:
-        yield rows, loaded
+        yield window.popleft()[1]

@@ -18,10 +18,11 @@ from featstore.cohort.patches import Scan
 from featstore.config import ImagesConfig
 from featstore.errors import ImageError
 from featstore.extraction.geometry import corners
-from featstore.extraction.shards import Shard, in_shard
+from featstore.extraction.shards import Shard, share_of_patches, slices_of
 from featstore.images import check_header
 from featstore.store import Store
 from featstore.store.format import GEOMETRY_COLUMNS
+from featstore.store.records import read_manifest
 
 KEY = ["case_id", "stain", "slice_id", "patch"]
 # Calls that wait for a (network) file system overlap in threads.
@@ -43,6 +44,7 @@ class Plan:
         stored: Live embeddings in the store.
         vanished: Rows of `Store.sources` whose patch is no longer in the table.
         skipped: Files that cannot be used, with the reason (``on_bad_image: skip``).
+        shares: (P,) the share that each row of the whole patch table belongs to.
     """
 
     pending: pd.DataFrame
@@ -53,6 +55,7 @@ class Plan:
     stored: int
     vanished: pd.DataFrame
     skipped: list[tuple[str, str]]
+    shares: NDArray[np.int64]
 
     def to_text(self, total: int) -> str:
         """What will be done, in a few lines for a person."""
@@ -76,7 +79,14 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(scan: Scan, store: Store | None, shard: Shard, images: ImagesConfig) -> Plan:
+def make_plan(
+    scan: Scan,
+    store: Store | None,
+    shard: Shard,
+    images: ImagesConfig,
+    reports: Path,
+    forward_bytes: int = 0,
+) -> Plan:
     """Compare the folder with the store, and look at the header of every pending file.
 
     A file counts as unchanged if its size and modification time are those recorded,
@@ -87,12 +97,22 @@ def make_plan(scan: Scan, store: Store | None, shard: Shard, images: ImagesConfi
         store: The store as it is; None if there is none yet.
         shard: This process's share.
         images: Limits, and what to do about files that cannot be used.
+        reports: Folder of the table of shares; only several shares have one.
+        forward_bytes: What a patch costs besides its own bytes (`shards.forward_bytes`).
 
     Raises:
         ImageError: Files cannot be used and ``on_bad_image`` is ``stop``; names them.
+        FeatstoreError: The table of shares is damaged or cannot be written.
     """
-    sizes, times = _stat(scan)
-    mine = in_shard(scan.table, shard)
+    stats = _Stats(scan)
+    shares = share_of_patches(
+        scan.table,
+        shard.count,
+        reports,
+        lambda: stats.of(np.ones(len(scan.table), bool))[0] + forward_bytes,
+    )
+    mine = shares == shard.index
+    sizes, times = stats.of(mine)
     table = scan.table.assign(size=sizes, mtime_ns=times)
     sources = _no_sources() if store is None else store.sources()
     merged = _merge(table, sources)
@@ -117,7 +137,34 @@ def make_plan(scan: Scan, store: Store | None, shard: Shard, images: ImagesConfi
         stored=len(sources),
         vanished=_vanished(scan, table, sources),
         skipped=bad,
+        shares=shares,
     )
+
+
+def not_in_store(table: pd.DataFrame, shares: NDArray[np.int64], path: Path) -> dict[int, int]:
+    """How many patches of each share the store lacks now; shares that lack none are left out.
+
+    Args:
+        table: The whole patch table, P rows.
+        shares: (P,) the share of each.
+        path: The store's folder; nothing need be there.
+    """
+    held: dict[tuple[str, str, str], list[NDArray[np.int64]]] = {}
+    store = Store.open(path) if read_manifest(path) is not None else None
+    for case in store.cases() if store is not None else ():
+        for part in store.record(case).parts if store is not None else ():
+            for group in part.groups:
+                held.setdefault((case, group.stain, group.slice_id), []).append(group.patches(str(path)))
+    slice_of_patch, keys = slices_of(table)
+    order = np.argsort(slice_of_patch, kind="stable")
+    edges = np.searchsorted(slice_of_patch[order], np.arange(1, len(keys)))
+    patch = table["patch"].to_numpy(np.int64)
+    lacking = np.ones(len(table), bool)
+    for key, rows in zip(keys, np.split(order, edges), strict=True):
+        if key in held:
+            lacking[rows] = ~np.isin(patch[rows], np.concatenate(held[key]))
+    found, counts = np.unique(shares[lacking], return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
 
 
 def check_headers(folder: Path, paths: Sequence[str], images: ImagesConfig) -> list[tuple[str, str]]:
@@ -150,20 +197,34 @@ def check_headers(folder: Path, paths: Sequence[str], images: ImagesConfig) -> l
     return bad
 
 
-def _stat(scan: Scan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    def stat(path: str) -> tuple[int, int]:
+class _Stats:
+    """Sizes and modification times of patches, asked for once each: that takes long on a network."""
+
+    def __init__(self, scan: Scan) -> None:
+        self._folder = scan.folder
+        self._paths = scan.table["path"].to_numpy(object)
+        self._known = np.zeros(len(scan.table), bool)
+        self._found = np.full((len(scan.table), 2), -1, np.int64)
+
+    def of(self, rows: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(P,) sizes in bytes and (P,) modification times in ns; -1 where they were not asked for."""
+        asked = np.flatnonzero(rows & ~self._known)
+        self._found[asked] = np.array(_map(self._stat, self._paths[asked].tolist()), np.int64).reshape(
+            -1, 2
+        )
+        self._known[asked] = True
+        return self._found[:, 0], self._found[:, 1]
+
+    def _stat(self, path: str) -> tuple[int, int]:
         try:
-            found = os.stat(scan.folder / path)
+            found = os.stat(self._folder / path)
         except OSError as error:
             raise ImageError(
                 f"a patch cannot be read ({error.strerror})",
-                where=str(scan.folder / path),
+                where=str(self._folder / path),
                 fix="check that nothing else is moving these files, then run the command again",
             ) from error
         return found.st_size, found.st_mtime_ns
-
-    found = np.array(_map(stat, scan.table["path"].tolist()), np.int64).reshape(-1, 2)
-    return found[:, 0], found[:, 1]
 
 
 def _same_geometry(table: pd.DataFrame, merged: pd.DataFrame) -> NDArray[np.bool_]:

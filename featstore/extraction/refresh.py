@@ -37,9 +37,12 @@ def refresh(writer: StoreWriter, store: Store, stale: pd.DataFrame) -> int:
         wanted = rows.astype({"case_id": object, "stain": object, "slice_id": object})
         at = wanted[KEY].merge(held[["row", *KEY]], on=KEY, how="left")["row"].to_numpy(np.int64)
         columns = read_columns(folder, layout, ["quality", "source_sha256"])
-        features = read_features(folder, layout, store.spec.stored_dtype, store.spec.dim)
+        held_views = {
+            name: read_features(folder, layout, store.spec.stored_dtype, row, column=name)
+            for name, row in store.spec.rows().items()
+        }
         known: dict[str, NDArray[Any]] = {
-            "features": features[at],
+            **{name: values[at] for name, values in held_views.items()},
             "patch": rows["patch"].to_numpy(np.int64),
             "quality": columns["quality"][at],
             "source_name": np.array([path.encode("utf-8") for path in rows["path"]]),

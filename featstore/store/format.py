@@ -23,6 +23,7 @@ In a part, under ``/<stain>/<slice>/`` (ids as `ids.component` writes them; the 
 attributes), N rows in ascending patch number, every chunk checksummed (fletcher32, CRC-32C):
 
     features      (N, D) float16|float32   the plain view
+    views         (N, V−1, D) likewise     augmented views, where the store has any (since 1.3)
     patch         (N,)   int64             patch numbers
     quality       (N, 8) float32           columns named in its attribute ``columns``
     geometry      (N, 8) float64           x0, y0, …, x3, y3 in level-0 pixels; where known
@@ -53,7 +54,7 @@ T = TypeVar("T")
 FORMAT = "featstore"
 # Readers accept any minor version of their major version (it may add fields and columns, which
 # they pass over), and refuse other major versions.
-VERSION = (1, 2)
+VERSION = (1, 3)
 MANIFEST = "featstore.json"
 CASES = "cases"
 PART_NAME = re.compile(r"[0-9a-f]{32}(\.[a-z0-9]+)+")
@@ -61,6 +62,7 @@ QUARANTINE = "quarantine"
 
 COLUMNS: dict[str, str] = {
     "features": "the plain view",
+    "views": "augmented views",
     "patch": "patch number",
     "quality": "width, height, mean colour, entropy, tissue fraction, sharpness",
     "geometry": "corners in level-0 pixels",
@@ -69,8 +71,8 @@ COLUMNS: dict[str, str] = {
     "source_stat": "size in bytes, modification time in ns",
     "source_sha256": "digest of the file's bytes",
 }
-OPTIONAL_COLUMNS = ("geometry", "coords")
-# Per column but `features`: dtype (None: any byte string) and the shape of a row.
+OPTIONAL_COLUMNS = ("views", "geometry", "coords")
+# Per column but `features` and `views`: dtype (None: any byte string) and the shape of a row.
 ROWS: dict[str, tuple[type | None, tuple[int, ...]]] = {
     "patch": (np.int64, ()),
     "quality": (np.float32, (len(QUALITY_COLUMNS),)),

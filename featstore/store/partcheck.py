@@ -71,7 +71,8 @@ def _check_group(
         return
     names = reader.columns(group.stain, group.slice_id)
     for name in COLUMNS:
-        if name not in names and name not in OPTIONAL_COLUMNS:
+        needed = name not in OPTIONAL_COLUMNS or (spec is not None and name in spec.rows())
+        if name not in names and needed:
             yield "column-missing", f"{where} has no column {name}", ""
     live: NDArray[np.bool_] | None = None
     # The patch numbers first: they say which rows of the other columns are live.
@@ -91,8 +92,8 @@ def _check_group(
                     f"{where} holds {int(live.sum()):,} of the patches {group.live[:60]}",
                     f"{len(patches):,} of them",
                 )
-        elif name == "features" and live is not None:
-            bad = int((~np.isfinite(values[live]).all(axis=1)).sum())
+        elif name in ("features", "views") and live is not None:
+            bad = int((~np.isfinite(values[live]).reshape(int(live.sum()), -1).all(axis=1)).sum())
             if bad:
                 yield "not-finite", f"{where}: NaN or infinity in {bad:,} embeddings", "finite numbers"
         elif name == "source_name":
@@ -101,8 +102,9 @@ def _check_group(
 
 def _read(reader: PartReader, group: Group, name: str, spec: EmbeddingSpec | None) -> NDArray[np.generic]:
     """One column, held to the shape and type that it must have."""
-    if name == "features":
-        into = None if spec is None else np.empty((group.rows, spec.dim), spec.stored_dtype)
+    if name in ("features", "views"):
+        row = None if spec is None else spec.rows().get(name)
+        into = None if spec is None or row is None else np.empty((group.rows, *row), spec.stored_dtype)
     else:
         dtype, shape = ROWS.get(name, (None, ()))
         into = None if dtype is None else np.empty((group.rows, *shape), dtype)

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from featstore.cohort.names import natural_key
 from featstore.errors import StoreDamaged
-from featstore.store.format import OPTIONAL_COLUMNS, ROWS, Group, Part, Record
+from featstore.quality import QUALITY_COLUMNS
+from featstore.store.format import (
+    COORDS_COLUMNS,
+    GEOMETRY_COLUMNS,
+    OPTIONAL_COLUMNS,
+    ROWS,
+    Group,
+    Part,
+    Record,
+)
 from featstore.store.parts import PartReader, damaged, open_part
 
 
@@ -106,7 +117,12 @@ def live_sizes(record: Record, where: str) -> dict[str, int]:
 
 
 def read_features(
-    folder: Path, case: Layout, dtype: str, dim: int, out: NDArray[Any] | None = None
+    folder: Path,
+    case: Layout,
+    dtype: str,
+    row: tuple[int, ...],
+    out: NDArray[Any] | None = None,
+    column: str = "features",
 ) -> NDArray[Any]:
     """The case's embeddings in bag order.
 
@@ -114,32 +130,33 @@ def read_features(
         folder: The case's folder.
         case: What to read.
         dtype: The store's dtype of embeddings.
-        dim: The store's number of features D.
-        out: (P, D) array of ``dtype`` to read into; memory that is new to the process costs
+        row: Shape of a row: (D,), or (V − 1, D) for ``views``.
+        out: (P, …) array of ``dtype`` to read into; memory that is new to the process costs
             as much as half of the reading.
+        column: ``features`` or ``views``.
 
     Returns:
-        (P, D) array of ``dtype``; ``out`` if it was given.
+        (P, …) array of ``dtype``; ``out`` if it was given.
 
     Raises:
         StoreDamaged: A part is missing or is not what the record says.
     """
     for piece in case.pieces:
-        if piece.group.rows * dim * np.dtype(dtype).itemsize > piece.part.size:
+        if piece.group.rows * math.prod(row) * np.dtype(dtype).itemsize > piece.part.size:
             raise damaged(
                 folder / piece.part.name,
                 f"a part of {piece.part.size} bytes cannot hold {piece.group.rows} embeddings",
             )
     if out is None:
-        out = np.empty((len(case.patches), dim), dtype)
+        out = np.empty((len(case.patches), *row), dtype)
     for part, pieces in by_part(case.pieces):
         with open_part(folder / part.name, part.size) as reader:
             for piece in pieces:
-                name = (piece.group.stain, piece.group.slice_id, "features", piece.group.rows)
+                name = (piece.group.stain, piece.group.slice_id, column, piece.group.rows)
                 if piece.span is not None:
                     reader.read(*name, into=out[piece.span])
                     continue
-                block = np.empty((piece.group.rows, dim), dtype)
+                block = np.empty((piece.group.rows, *row), dtype)
                 reader.read(*name, into=block)
                 out[piece.target] = block[live_rows(reader, piece, folder)]
     return out
@@ -215,3 +232,21 @@ def by_part(pieces: Sequence[Piece]) -> list[tuple[Part, list[Piece]]]:
     for piece in pieces:
         parts.setdefault(piece.part.name, (piece.part, []))[1].append(piece)
     return list(parts.values())
+
+
+def described(arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Quality and positions as columns of a table, from the columns of a part."""
+    names = {"quality": QUALITY_COLUMNS, "geometry": GEOMETRY_COLUMNS, "coords": COORDS_COLUMNS}
+    return {name: arrays[column][:, i] for column, kept in names.items() for i, name in enumerate(kept)}
+
+
+def file_states(arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
+    """What is known of the files, and positions, as columns of a table, from the columns of a part."""
+    digests = arrays["source_sha256"]
+    return {
+        "size": arrays["source_stat"][:, 0],
+        "mtime_ns": arrays["source_stat"][:, 1],
+        "sha256": pd.array([row.tobytes() for row in digests], dtype=object),
+        **{name: arrays["geometry"][:, i] for i, name in enumerate(GEOMETRY_COLUMNS)},
+        **{name: arrays["coords"][:, i] for i, name in enumerate(COORDS_COLUMNS)},
+    }

@@ -18,12 +18,19 @@ from numpy.typing import ArrayLike, NDArray
 from featstore.bags import Bag
 from featstore.cohort.names import natural_key
 from featstore.errors import StoreDamaged, StoreError
-from featstore.quality import QUALITY_COLUMNS
 from featstore.spec import EmbeddingSpec
-from featstore.store.format import CASES, COORDS_COLUMNS, GEOMETRY_COLUMNS, OPTIONAL_COLUMNS, Record
+from featstore.store.format import CASES, COORDS_COLUMNS, GEOMETRY_COLUMNS, Record
 from featstore.store.ids import component
 from featstore.store.mapped import MappedRows, Recent
-from featstore.store.reading import Layout, layout, live_sizes, read_columns, read_features
+from featstore.store.reading import (
+    Layout,
+    described,
+    file_states,
+    layout,
+    live_sizes,
+    read_columns,
+    read_features,
+)
 from featstore.store.records import newest_records, read_record, require_manifest
 
 # A record has a few kB; of a store of 100,000 cases not all are kept.
@@ -104,7 +111,23 @@ class Store:
         shape, dtype = (len(case.patches), spec.dim), np.dtype(spec.stored_dtype)
         if out is not None and (out.shape != shape or out.dtype != dtype):
             raise ValueError(f"an array of {out.shape} {out.dtype} for embeddings of {shape} {dtype}")
-        return read_features(self.folder(case_id), case, spec.stored_dtype, spec.dim, out)
+        return read_features(self.folder(case_id), case, spec.stored_dtype, (spec.dim,), out)
+
+    def views(self, case_id: str) -> NDArray[Any]:
+        """One case's augmented views, in the order of its bag.
+
+        Returns:
+            (P, V − 1, D) float16 or float32; V − 1 is 0 where the store has no views.
+
+        Raises:
+            StoreError: The store has no such case.
+            StoreDamaged: A part is missing or is not what was written.
+        """
+        case, spec = self._live(case_id), self.spec
+        row = (spec.views - 1, spec.dim)
+        if spec.views == 1:
+            return np.empty((len(case.patches), *row), spec.stored_dtype)
+        return read_features(self.folder(case_id), case, spec.stored_dtype, row, column="views")
 
     def take(self, case_id: str, index: ArrayLike) -> NDArray[Any]:
         """Some of a case's embeddings: ``bag(case_id).features[index]``, without reading the others.
@@ -170,7 +193,7 @@ class Store:
             the columns of `quality.QUALITY_COLUMNS`, and where known ``x0 … y3`` (level-0 pixels) and
             ``coord_x, coord_y`` (as an imported file has them).
         """
-        frame = self._frame(case_id, ["source_name", "quality", *OPTIONAL_COLUMNS], _described)
+        frame = self._frame(case_id, ["source_name", "quality", "geometry", "coords"], described)
         for columns in (GEOMETRY_COLUMNS, COORDS_COLUMNS):
             if not frame[list(columns)].notna().any().any():
                 frame = frame.drop(columns=list(columns))
@@ -184,7 +207,7 @@ class Store:
             ``x0 … y3`` and ``coord_x, coord_y``, NaN where not known.
         """
         columns = ["source_name", "source_stat", "source_sha256", "geometry", "coords"]
-        return self._frame(case_id, columns, _file_states)
+        return self._frame(case_id, columns, file_states)
 
     def record(self, case_id: str) -> Record:
         """The commit record that this view shows of a case.
@@ -292,19 +315,3 @@ class Store:
 
 
 _NOTHING = layout(Record("", 0, "", "", "", ()), "")
-
-
-def _described(arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    names = {"quality": QUALITY_COLUMNS, "geometry": GEOMETRY_COLUMNS, "coords": COORDS_COLUMNS}
-    return {name: arrays[column][:, i] for column, kept in names.items() for i, name in enumerate(kept)}
-
-
-def _file_states(arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
-    digests = arrays["source_sha256"]
-    return {
-        "size": arrays["source_stat"][:, 0],
-        "mtime_ns": arrays["source_stat"][:, 1],
-        "sha256": pd.array([row.tobytes() for row in digests], dtype=object),
-        **{name: arrays["geometry"][:, i] for i, name in enumerate(GEOMETRY_COLUMNS)},
-        **{name: arrays["coords"][:, i] for i, name in enumerate(COORDS_COLUMNS)},
-    }

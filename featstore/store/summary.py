@@ -142,13 +142,21 @@ def _is_imported(spec: dict[str, Any]) -> bool:
 def _input(spec: dict[str, Any]) -> str:
     if _is_imported(spec):
         return "not known: another tool made the embeddings"
-    size = (
-        f"whole patch resized to {spec['resize']} px"
-        if spec["crop"] is None
-        else (f"resized to {spec['resize']}, centre crop of {spec['crop']} px")
-    )
+    if isinstance(spec["resize"], str):
+        rounded = ", sides rounded to multiples of 32" if spec["resize"] == "native32" else ""
+        size = f"each patch at its own size{rounded}"
+    else:
+        size = _resized(spec)
     relu = "" if spec["final_relu"] is None else f", final ReLU {'on' if spec['final_relu'] else 'off'}"
     return f"{size}, {spec['channel_order']}, pool {spec['pool']}{relu}"
+
+
+def _resized(spec: dict[str, Any]) -> str:
+    return (
+        f"whole patch resized to {spec['resize']} px"
+        if spec["crop"] is None
+        else f"resized to {spec['resize']}, centre crop of {spec['crop']} px"
+    )
 
 
 def _ago(time: str) -> str:

@@ -37,6 +37,7 @@ from featstore.store.ranges import encode_ranges
 from featstore.store.records import highest_record, read_manifest, read_record, require_own_folder
 from featstore.store.store import Store
 
+_NOTHING = np.empty(0)
 Patches = Mapping[tuple[str, str], NDArray[np.int64]]
 
 
@@ -146,16 +147,14 @@ class StoreWriter:
             "created": now(),
         }
         for item in slices:
-            features = item.columns["features"]
-            if (
-                features.shape != (len(item.patch), self.spec.dim)
-                or features.dtype != self.spec.stored_dtype
-            ):
-                raise StoreError(
-                    f"embeddings of the shape {features.shape} and dtype {features.dtype}",
-                    expected=f"({len(item.patch)}, {self.spec.dim}) of {self.spec.stored_dtype}",
-                    where=f"case {case_id}, {item.stain}/{item.slice_id}",
-                )
+            for name, row in self.spec.rows().items():
+                found = item.columns.get(name, _NOTHING)
+                if found.shape != (len(item.patch), *row) or found.dtype != self.spec.stored_dtype:
+                    raise StoreError(
+                        f"{name} of the shape {found.shape} and dtype {found.dtype}",
+                        expected=f"{(len(item.patch), *row)} of {self.spec.stored_dtype}",
+                        where=f"case {case_id}, {item.stain}/{item.slice_id}",
+                    )
             if len(item.patch) == 0 or item.patch[0] < 0 or (np.diff(item.patch) <= 0).any():
                 raise StoreError(
                     "rows that are not in strictly ascending order of their patch numbers",

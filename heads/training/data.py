@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ class TrainingBags:
             split = [sub_cases(bag, sub.n, sub.by) if bag.label in wanted else [bag] for bag in outlines]
             outlines = [part for parts in split for part in parts]
         self.outlines = outlines
+        self._views = bags.store.spec.views if config.views else 1
         self._entropy: NDArray[np.float64] | None = None
         if config.sampling == "entropy":
             self._entropy = bags.store.table()["entropy"].to_numpy(np.float64)
@@ -62,7 +64,10 @@ class TrainingBags:
         """The bags of an epoch (from 0), in the order in which they are learned from."""
         config = self._config
         rng = np.random.default_rng([config.seed, epoch])
-        return [self._sample(self.outlines[i], rng) for i in rng.permutation(len(self.outlines))]
+        found = [self._sample(self.outlines[i], rng) for i in rng.permutation(len(self.outlines))]
+        if self._views == 1:
+            return found
+        return [replace(bag, view=rng.integers(self._views, size=len(bag))) for bag in found]
 
     def _sample(self, bag: Bag, rng: np.random.Generator) -> Bag:
         config = self._config

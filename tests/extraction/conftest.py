@@ -40,7 +40,7 @@ def make_project(folder: Path, **cohort: Any) -> Path:
     sections = {
         "patches": {"folder": "patches"},
         "backbone": TINY,
-        "extract": {"device": "cpu", "amp": "off", "batch_size": 4, "workers": 2},
+        "extract": {"device": "cpu", "amp": "off", "batch_size": 4, "workers": 2, "runtime": "torch"},
     }
     (folder / "featstore.yaml").write_text(json.dumps(sections))
     return folder

@@ -15,7 +15,8 @@ from featstore.backbones import build_backbone, normalize
 from featstore.config import BackboneConfig
 from featstore.errors import ConfigError, FeatstoreError, FingerprintMismatch, ImageError, StoreError
 from featstore.extraction import ExtractionReport, extract
-from featstore.extraction.forward import Embedder, choose_compute_dtype
+from featstore.extraction.forward import choose_compute_dtype
+from featstore.extraction.pytorch import TorchEmbedder
 from featstore.settings import Layers
 from featstore.store import Store
 from featstore.strict_yaml import read_file
@@ -213,7 +214,9 @@ def test_every_forward_pass_has_the_same_number_of_patches() -> None:
             seen.append(len(x))
             return backbone.module(x)
 
-    embedder = Embedder(replace(backbone, module=Counting()), torch.device("cpu"), "float32", "float32", 8)
+    embedder = TorchEmbedder(
+        replace(backbone, module=Counting()), torch.device("cpu"), "float32", "float32", 8
+    )
     for count in (8, 3, 1, 20):
         assert len(embedder(np.zeros((count, 32, 32, 3), np.uint8)).result()) == count
     assert set(seen) == {8}
@@ -284,8 +287,8 @@ def test_when_memory_runs_out_the_batch_is_halved_and_the_run_goes_on(
 ) -> None:
     backbone = build_backbone(BackboneConfig(**TINY), Path())
     pixels = np.random.default_rng(0).integers(0, 256, (13, 32, 32, 3), np.uint8)
-    plain = Embedder(backbone, torch.device("cpu"), "float32", "float32", 16)(pixels).result()
-    hungry = Embedder(
+    plain = TorchEmbedder(backbone, torch.device("cpu"), "float32", "float32", 16)(pixels).result()
+    hungry = TorchEmbedder(
         replace(backbone, module=_Hungry(backbone.module, limit)),
         torch.device("cpu"),
         "float32",
@@ -298,7 +301,7 @@ def test_when_memory_runs_out_the_batch_is_halved_and_the_run_goes_on(
 
 def test_memory_for_not_even_one_patch_is_an_error() -> None:
     backbone = build_backbone(BackboneConfig(**TINY), Path())
-    hungry = Embedder(
+    hungry = TorchEmbedder(
         replace(backbone, module=_Hungry(backbone.module, 0)), torch.device("cpu"), "float32", "float32", 4
     )
     with pytest.raises(FeatstoreError, match="too little memory"):
@@ -321,9 +324,11 @@ def test_what_is_left_to_do_does_not_change_the_bits(project: Path) -> None:
 def test_embeddings_that_do_not_fit_are_an_error_that_names_the_way_out(
     project: Path, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = Embedder._forward
+    forward = TorchEmbedder._forward
     monkeypatch.setattr(
-        Embedder, "_forward", lambda self, pixels: (forward(self, pixels).float() * scale + scale).half()
+        TorchEmbedder,
+        "_forward",
+        lambda self, pixels: (forward(self, pixels).float() * scale + scale).half(),
     )
     with pytest.raises(FeatstoreError) as error:
         run(project)

@@ -188,7 +188,7 @@ def test_any_flipped_bit_is_harmless_or_told(writer: StoreWriter) -> None:
     assert told > 50
 
 
-@pytest.mark.parametrize("version", ["1.0", "1.1", "1.2"])
+@pytest.mark.parametrize("version", ["1.0", "1.1", "1.2", "1.3"])
 def test_older_stores_are_still_read(version: str) -> None:
     """Written by earlier versions of the format (since 1.1: by `golden.py`); never written anew."""
     golden = Path(__file__).parent / "golden" / version
@@ -202,6 +202,11 @@ def test_older_stores_are_still_read(version: str) -> None:
     if "coord_x" in table:
         assert table[["coord_x", "coord_y"]].iloc[0].tolist() == [10.5, 20.25]
         assert table["coord_x"].iloc[1:].isna().all()
+    store = Store.open(golden)
+    views = store.views("a")
+    assert views.shape == (3, 2 if version >= "1.3" else 0, DIM)
+    for v in range(views.shape[1]):
+        assert np.array_equal(views[:, v], -store.bag("a").features + np.float16(v + 1))
 
 
 ROWS = st.tuples(st.sampled_from("ab"), st.sampled_from("xy"), st.sampled_from(["s1", "s2", "s10"]))
