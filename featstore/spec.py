@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from functools import cached_property
 from typing import Any
 
 from featstore.errors import StoreError
+from featstore.lazy import cached_property
 
 IMPORTED = "imported:"
 _UNKNOWN = "unknown"

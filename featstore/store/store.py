@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from featstore.bags import Bag
 from featstore.cohort.names import natural_key
 from featstore.errors import StoreDamaged, StoreError
+from featstore.lazy import cached_property
 from featstore.spec import EmbeddingSpec
 from featstore.store.format import CASES, COORDS_COLUMNS, GEOMETRY_COLUMNS, Record
 from featstore.store.ids import component

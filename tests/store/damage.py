@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 import traceback
 import zipfile
 from collections.abc import Callable
@@ -171,9 +172,21 @@ def started(work: Callable[[], object]) -> int:
     return child
 
 
-def ended(child: int) -> int:
-    """How a child ended: 0, or the negative number of the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def ended(child: int, within: float = 60) -> int:
+    """How a child ended: 0, or the negative number of the signal that killed it.
+
+    One that hangs is killed: it would keep open what it inherited, such as the pipes of other tests.
+    """
+    deadline = time.monotonic() + within
+    while True:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise TimeoutError(f"a child process had not ended after {within:g} s and was killed")
+        time.sleep(0.002)
 
 
 STEPS = ("open", "write", "fsync", "link", "unlink", "mkdir", "rename")

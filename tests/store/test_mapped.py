@@ -293,6 +293,35 @@ def test_threads_and_forks_take_the_same(store: Store, few_maps: int) -> None:
     assert (codes, failed) == ([0] * 10, [])
 
 
+def test_a_fork_while_another_thread_lists_the_cases(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the child inherits half done, it does again; nothing is locked that nobody would unlock."""
+    fresh = Store.open(store.path)
+    want = store.take("1", [3, 1])
+    parent, read = os.getpid(), Store._read
+    listing, forked = threading.Event(), threading.Event()
+
+    def slow(store: Store, name: str) -> object:
+        if os.getpid() == parent:
+            listing.set()
+            assert forked.wait(60)
+        return read(store, name)
+
+    monkeypatch.setattr(Store, "_read", slow)
+    thread = threading.Thread(target=fresh.cases)
+    thread.start()
+    assert listing.wait(60)
+
+    def work() -> None:
+        assert np.array_equal(fresh.take("1", [3, 1]), want)
+
+    try:
+        assert ended(started(work), within=20) == 0
+    finally:
+        forked.set()
+        thread.join()
+    assert fresh.cases() == store.cases()
+
+
 def test_a_child_goes_on_with_what_its_parent_has_checked(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
