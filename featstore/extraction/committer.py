@@ -20,8 +20,10 @@ from featstore.extraction.geometry import corners
 from featstore.extraction.loading import Loaded
 from featstore.store import Slice, StoreWriter
 
-# Batches between the forward pass and the writer: enough to ride out an fsync.
-_QUEUE = 16
+# Embeddings between the forward pass and the writer, views included: enough to ride out an fsync.
+# Of a patch at a time there may be thousands of batches; that the backbone has not computed them
+# yet is not for the writer to wait for.
+_QUEUED = 4_096
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,9 @@ class Committer:
         self._gone: set[int] = set()
         self._waiting: dict[int, tuple[NDArray[Any], Loaded]] = {}
         self._waiting_since = 0.0
-        self._queue: queue.Queue[Batch | None] = queue.Queue(_QUEUE)
+        self._queue: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+        self._queued = 0
+        self._room = threading.Condition()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="featstore-committer", daemon=True)
         self._thread.start()
@@ -107,6 +111,9 @@ class Committer:
             FeatstoreError: An earlier batch could not be committed.
         """
         self._raise()
+        with self._room:
+            self._room.wait_for(lambda: self._queued < _QUEUED)
+            self._queued += self._weight(batch)
         self._queue.put(batch)
 
     def close(self) -> None:
@@ -129,8 +136,14 @@ class Committer:
             # After an error the queue is still emptied, so that nobody waits for a place in it.
             if self._error is None:
                 self._guarded(partial(self._add, batch))
+            with self._room:
+                self._queued -= self._weight(batch)
+                self._room.notify_all()
         if self._error is None:
             self._guarded(self._finish)
+
+    def _weight(self, batch: Batch) -> int:
+        return self._views * (len(batch.rows) + len(batch.failed))
 
     def _finish(self) -> None:
         self._release_all()

@@ -64,11 +64,12 @@ class Progress:
         skipped: (path, reason) of files that turned out to be unusable.
         converted: How many patches were converted, by how.
         waited_for_decoding: Seconds in which the forward pass had no batch.
-        forward: Seconds in forward passes.
+        forward: Seconds in which the backbone was waited for.
         waited_for_writing: Seconds in which the writer was too far behind.
         reading: Seconds of all reading threads together.
         decoding: Seconds of all decoding threads together.
         writing: Seconds of the writing thread.
+        busy: Seconds in which the device computed; None where only its driver knows.
     """
 
     total: int
@@ -82,6 +83,7 @@ class Progress:
     reading: float = 0.0
     decoding: float = 0.0
     writing: float = 0.0
+    busy: float | None = None
 
     @property
     def rate(self) -> float:
@@ -167,7 +169,7 @@ def run_pass(
             readers.shutdown(wait=True, cancel_futures=True)
             decoders.shutdown(wait=True, cancel_futures=True)
             committer.close()
-            progress.writing = committer.seconds
+            progress.writing, progress.busy = committer.seconds, embedder.busy_seconds
     return progress
 
 

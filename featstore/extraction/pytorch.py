@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -22,6 +23,10 @@ from featstore.extraction.forward import (
     is_out_of_memory,
     no_memory_for_one,
 )
+from featstore.extraction.utilisation import BusyClock
+
+# Calls that a GPU works on or waits for: enough that it never idles; pixels must not pile up before it.
+_IN_FLIGHT = 4
 
 
 class _Copied:
@@ -92,8 +97,15 @@ class TorchEmbedder:
         self._stored = DTYPES[stored_dtype]
         # Copies to a GPU go beside its work on earlier batches.
         self._copies: Any = None
+        self._in_flight: deque[Any] = deque()
+        self._clock = BusyClock()
         if device.type == "cuda":
             self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @property
+    def busy_seconds(self) -> float | None:
+        """How long it has computed, in seconds; None on a GPU."""
+        return None if self.device.type == "cuda" else self._clock.seconds
 
     def forward_size(self, height: int, width: int) -> int:
         """How many patches of a size in pixels go into one forward pass."""
@@ -106,7 +118,7 @@ class TorchEmbedder:
         """Nothing to give back before the object itself goes."""
 
     def __call__(self, pixels: NDArray[np.uint8]) -> PendingFeatures:
-        """Start a forward pass.
+        """Start a forward pass; on a GPU, waits only while it is far behind.
 
         Args:
             pixels: (n, H, W, 3) uint8.
@@ -119,7 +131,7 @@ class TorchEmbedder:
         """
         while True:
             try:
-                with self._on_device():
+                with self._on_device(), self._clock:
                     return self._run(pixels)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
@@ -152,6 +164,8 @@ class TorchEmbedder:
 
     @torch.inference_mode()
     def _run(self, pixels: NDArray[np.uint8]) -> PendingFeatures:
+        while len(self._in_flight) >= _IN_FLIGHT:
+            self._in_flight.popleft().synchronize()
         step = self.forward_size(*pixels.shape[1:3])
         chunks = []
         for start in range(0, len(pixels), step):
@@ -164,6 +178,7 @@ class TorchEmbedder:
             host.copy_(chunk_on_device, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
+        self._in_flight.append(event)
         return PendingFeatures(_Copied(hosts, event))
 
     def _forward(self, pixels: NDArray[np.uint8]) -> torch.Tensor:

@@ -75,13 +75,13 @@ class ExtractionReport:
     def device_utilisation(self) -> float | None:
         """Fraction of the wall time in which the device computed; None where nobody knows.
 
-        On a CPU the time in forward passes. On a GPU that is only the time that it takes to start
-        them, so that the driver is asked.
+        On a CPU the time in which a forward pass was under way. On a GPU passes are only started
+        from here, so that the driver is asked.
         """
         if not self.progress.done:
             return None
-        if self.settings["device"].startswith("cpu"):
-            return min(1.0, self.progress.forward / self.seconds)
+        if self.progress.busy is not None:
+            return min(1.0, self.progress.busy / self.seconds)
         return sum(self.gpu_samples) / len(self.gpu_samples) if self.gpu_samples else None
 
     def to_text(self) -> str:

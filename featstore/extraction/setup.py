@@ -59,7 +59,12 @@ def make_embedder(
         device,
         spec.compute_dtype,
         spec.stored_dtype,
-        forward.choose_batch_size(config.extract.batch_size, device),
+        forward.choose_batch_size(
+            config.extract.batch_size,
+            device,
+            spec.compute_dtype,
+            None if backbone.preprocessing.is_native else backbone.preprocessing.size,
+        ),
         spec.runtime,
         config.extract.compile,
     )

@@ -1,8 +1,9 @@
-"""How busy a GPU is while an extraction runs."""
+"""How busy the device is while an extraction runs."""
 
 from __future__ import annotations
 
 import threading
+import time
 
 import torch
 
@@ -10,6 +11,33 @@ import torch
 _SECONDS = 1.0
 # A long run's curve is thinned before it has this many points, an even number.
 _POINTS = 600
+
+
+class BusyClock:
+    """Measures how long at least one forward pass has been under way; a context manager for each.
+
+    Attributes:
+        seconds: So far, without what is under way now.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._lock = threading.Lock()
+        self._under_way = 0
+        self._since = 0.0
+
+    def __enter__(self) -> BusyClock:
+        with self._lock:
+            if not self._under_way:
+                self._since = time.monotonic()
+            self._under_way += 1
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._under_way -= 1
+            if not self._under_way:
+                self.seconds += time.monotonic() - self._since
 
 
 class GpuSampler:

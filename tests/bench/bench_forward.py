@@ -61,7 +61,7 @@ def measured(embedder: Embedder, work: Batches) -> tuple[float, float]:
 
 def compare(build: Callable[[str], Backbone], size: str, arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
-    batch_size = choose_batch_size("auto", device)
+    batch_size = choose_batch_size("auto", device, "bfloat16")
     work = batches(size, arguments.patches, batch_size, np.random.default_rng(0))
     count = sum(len(pixels) for pixels in work)
     embedders, ready = {}, {}

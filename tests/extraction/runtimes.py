@@ -41,7 +41,7 @@ def tissue(count: int, height: int, width: int) -> np.ndarray:
 def has_bfloat16() -> bool:
     if not HAS_OPENVINO:
         return True
-    from featstore.extraction.openvino import load_openvino
+    from featstore.extraction.openvino_model import load_openvino
 
     return "BF16" in load_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
@@ -316,18 +316,18 @@ def test_openvino_without_memory_for_one_patch_says_so(
 
 def starve_openvino(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Let graphs of more than so many patches fail as if there were no memory."""
-    from featstore.extraction.openvino import _Graph
+    from featstore.extraction.openvino_model import Graph
 
-    infer = _Graph.infer
+    infer = Graph.infer
 
-    def hungry(self: _Graph, pixels: np.ndarray) -> np.ndarray:
+    def hungry(self: Graph, pixels: np.ndarray) -> np.ndarray:
         if self._together > limit and len(pixels) > 1:
             raise RuntimeError("Exception from src/inference: std::bad_alloc")
         if limit == 0:
             raise MemoryError
         return infer(self, pixels)
 
-    monkeypatch.setattr(_Graph, "infer", hungry)
+    monkeypatch.setattr(Graph, "infer", hungry)
 
 
 @needs_openvino
@@ -367,7 +367,7 @@ def test_a_network_that_openvino_takes_for_another_is_refused(tiny: Backbone) ->
 
 @needs_openvino
 def test_importing_openvino_reports_to_nobody() -> None:
-    from featstore.extraction.openvino import load_openvino
+    from featstore.extraction.openvino_model import load_openvino
 
     load_openvino()
     reporter = sys.modules["openvino.tools.ovc.telemetry_utils"].tm  # type: ignore[attr-defined]

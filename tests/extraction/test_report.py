@@ -50,6 +50,7 @@ def report(share: int = 0, count: int = 1, done: int = 10, **fields: Any) -> Ext
         reading=0.5,
         decoding=20.0,
         writing=2.5,
+        busy=5.0,
         converted=Counter({"palette": 2}) if done else Counter(),
     )
     whole = ExtractionReport(
@@ -100,7 +101,8 @@ def test_utilisation_is_time_in_forward_passes_or_what_the_driver_says(
     device: str, samples: tuple[float, ...], expected: float | None
 ) -> None:
     settings = {**report().settings, "device": device}
-    found = report(settings=settings, gpu_samples=samples)
+    progress = replace(report().progress, busy=5.0 if device == "cpu" else None)
+    found = report(settings=settings, gpu_samples=samples, progress=progress)
     assert found.to_json()["device_utilisation"] == expected
     assert ("the GPU was busy 75% of the time" in found.to_text()) == bool(samples)
 

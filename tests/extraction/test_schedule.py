@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featstore.errors import FeatstoreError
-from featstore.extraction import committer as committing
 from featstore.extraction import schedule
 from featstore.extraction.committer import Batch, Committer
 from featstore.extraction.loading import Loaded
@@ -180,10 +179,7 @@ def test_each_row_keeps_its_own_embedding(in_order: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_rows_that_never_come_hold_nothing_back(
-    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(committing, "_QUEUE", ROWS)
+def test_rows_that_never_come_hold_nothing_back(tmp_path: Path, seed: int) -> None:
     bad = {0, 5, 11, 23}
     batches = [
         batch([row for row in rows if row not in bad], [row for row in rows if row in bad])
