@@ -24,12 +24,11 @@ TASKS = ("import", "open and list", "verify --quick")
 
 def make_store(root: Path, count: int) -> None:
     """Write ``count`` cases; half of their ids are lower case, half have a hash in the folder's name."""
-    from featstore.spec import EmbeddingSpec
     from featstore.store.format import CASES, MANIFEST, Group, Part, Record, encode_manifest, encode_record
     from featstore.store.ids import component
-    from tests.bench.bench_verify import SPEC
+    from tests.store.builders import make_spec
 
-    spec = EmbeddingSpec(**SPEC)  # type: ignore[arg-type]
+    spec = make_spec(dim=1024)
     (root / CASES).mkdir(parents=True)
     (root / MANIFEST).write_bytes(encode_manifest(spec))
     digest = hashlib.sha256(b"x").hexdigest()

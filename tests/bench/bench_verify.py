@@ -1,4 +1,4 @@
-"""Seconds and peak memory of `verify --quick` on N cases: `python tests/bench/bench_verify.py [N]`.
+"""Seconds and peak memory of `verify --quick` on N cases: `python -m tests.bench.bench_verify [N]`.
 
 The records are written directly and without fsync, five slices of three stains a case in two parts of
 nothing but a hole: a quick look opens no part. Read with a warm cache, as the files have just been written.
@@ -16,35 +16,17 @@ import tempfile
 import time
 from pathlib import Path
 
-from featstore.spec import EmbeddingSpec
 from featstore.store.format import CASES, MANIFEST, Group, Part, Record, encode_manifest, encode_record
 from featstore.store.ids import component
 from featstore.store.verify import verify
+from tests.store.builders import make_spec
 
 PART_BYTES = 10 * 500 * 1024 * 2 + 50_000
-SPEC = {
-    "backbone": "test",
-    "weights_sha256": "0" * 64,
-    "resize": 224,
-    "crop": None,
-    "interpolation": "bilinear",
-    "resize_implementation": "test",
-    "channel_order": "rgb",
-    "color_policy": "test",
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-    "pool": 1,
-    "final_relu": None,
-    "compute_dtype": "float32",
-    "stored_dtype": "float16",
-    "runtime": "torch",
-    "dim": 1024,
-}
 
 
 def make_store(root: Path, count: int) -> None:
     """Write ``count`` cases whose ids are like a biobank's: upper case, so with a hash in the name."""
-    spec = EmbeddingSpec(**SPEC)  # type: ignore[arg-type]
+    spec = make_spec(dim=1024)
     (root / CASES).mkdir()
     (root / MANIFEST).write_bytes(encode_manifest(spec))
     for n in range(count):

@@ -38,6 +38,27 @@ def small_store(small_stores: dict[str, Path], file_format: str, tmp_path: Path)
     return Path(shutil.copytree(small_stores[file_format], tmp_path / "store"))
 
 
+@pytest.fixture(scope="session")
+def whole_stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By file format, the store that `damage.fill` makes; nobody changes it."""
+    folder = tmp_path_factory.mktemp("whole")
+    for file_format in ("hdf5", "zarr"):
+        fill(folder / file_format, file_format=file_format)
+    return {name: folder / name for name in ("hdf5", "zarr")}
+
+
+@pytest.fixture
+def whole(whole_stores: dict[str, Path], request: pytest.FixtureRequest) -> Path:
+    """One of `whole_stores`, in HDF5 unless a test says otherwise."""
+    return whole_stores[getattr(request, "param", "hdf5")]
+
+
+@pytest.fixture
+def store(whole: Path, tmp_path: Path) -> Path:
+    """A copy of `whole`, to be damaged."""
+    return Path(shutil.copytree(whole, tmp_path / "store"))
+
+
 @pytest.fixture
 def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of many commits that are no tests of crashes."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,18 +31,6 @@ from tests.store.damage import (
 
 pytestmark = pytest.mark.filterwarnings("error")
 DAY = 86400
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    path = tmp_path_factory.mktemp("whole") / "store"
-    fill(path, file_format=getattr(request, "param", "hdf5"))
-    return path
-
-
-@pytest.fixture
-def store(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "store"))
 
 
 # gc

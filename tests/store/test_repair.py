@@ -24,7 +24,6 @@ from tests.store.damage import (
     break_part,
     contents,
     encode_as,
-    fill,
     flip,
     kill_at,
     link_record,
@@ -35,18 +34,6 @@ from tests.store.damage import (
 )
 
 pytestmark = pytest.mark.filterwarnings("error")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    path = tmp_path_factory.mktemp("whole") / "store"
-    fill(path, file_format=getattr(request, "param", "hdf5"))
-    return path
-
-
-@pytest.fixture
-def store(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "store"))
 
 
 def lose_part(store: Path) -> None:

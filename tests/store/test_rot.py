@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import random
-import shutil
 from pathlib import Path
 
 import pytest
 
 from featstore.store.maintenance import repair
 from featstore.store.verify import verify
-from tests.store.damage import CASES, contents, dose, fill, flip, parts_of, record_of, refill, spot
+from tests.store.damage import CASES, contents, dose, flip, parts_of, record_of, refill, spot
 
 pytestmark = pytest.mark.filterwarnings("error")
 LEVELS = ("quick", "default", "full")
 
 
-@pytest.fixture(scope="module", params=["hdf5", "zarr"])
-def whole(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    path = tmp_path_factory.mktemp("whole") / "store"
-    fill(path, file_format=request.param)
-    return path
-
-
-@pytest.fixture
-def store(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "store"))
+@pytest.fixture(params=["hdf5", "zarr"])
+def whole(whole_stores: dict[str, Path], request: pytest.FixtureRequest) -> Path:
+    return whole_stores[request.param]
 
 
 def flip_bits(store: Path, count: int) -> None:

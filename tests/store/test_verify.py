@@ -27,16 +27,9 @@ pytestmark = pytest.mark.filterwarnings("error")
 LEVELS = ("quick", "default", "full")
 
 
-@pytest.fixture(scope="module", params=["hdf5", "zarr"])
-def whole(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    path = tmp_path_factory.mktemp("whole") / "store"
-    fill(path, file_format=request.param)
-    return path
-
-
-@pytest.fixture
-def store(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "store"))
+@pytest.fixture(params=["hdf5", "zarr"])
+def whole(whole_stores: dict[str, Path], request: pytest.FixtureRequest) -> Path:
+    return whole_stores[request.param]
 
 
 def kinds(report: VerifyReport) -> list[str]:
