@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import tempfile
 import time
@@ -13,19 +14,47 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from featstore.backbones import Backbone, build_backbone
 from featstore.cohort import Scan, scan
 from featstore.config import FeatstoreConfig
 from featstore.extraction import forward
 from featstore.extraction.committer import Committer
+from featstore.extraction.forward import Embedder
 from featstore.extraction.loading import Views, load, read
 from featstore.extraction.pipeline import Work, run_pass
 from featstore.extraction.schedule import plan_schedule
 from featstore.extraction.setup import decoding_threads, describe, make_embedder, most_pixels
-from featstore.process import keep_freed_memory
+from featstore.images import decoder_name
+from featstore.process import keep_freed_memory, usable_cores
 from featstore.spec import EmbeddingSpec
 from featstore.store import StoreWriter
+
+# What a setting must gain before it is worth telling: less is noise.
+_WORTH_TELLING = 1.05
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another setting, held against the present one.
+
+    Attributes:
+        setting: As it stands in `featstore.yaml`.
+        times_as_fast: Of decoding alone or of the backbone alone, whichever it concerns: median of rounds.
+        what: ``decoding`` or ``backbone``.
+        note: What else it changes; may be empty.
+    """
+
+    setting: str
+    times_as_fast: float
+    what: str
+    note: str
+
+    @property
+    def is_better(self) -> bool:
+        """Whether it gains more than noise does."""
+        return self.times_as_fast >= _WORTH_TELLING
 
 
 @dataclass(frozen=True)
@@ -41,7 +70,9 @@ class ExtractBench:
         fraction_of_limit: Median of pipeline_rate / limit, round by round.
         rounds: How many rounds.
         patches: Patches a round.
-        settings: Device, precision, batch size, decoding threads, PyTorch's threads.
+        settings: Device, runtime, precision, batch size, decoding threads, PyTorch's threads.
+        alternatives: Other settings that were tried.
+        untried: What might help and could not be tried here.
     """
 
     decode_rate: float
@@ -52,10 +83,14 @@ class ExtractBench:
     rounds: int
     patches: int
     settings: dict[str, Any]
+    alternatives: tuple[Alternative, ...] = ()
+    untried: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON types."""
-        return {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(self).items()}
+        found = {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(self).items()}
+        better = [alternative.setting for alternative in self.alternatives if alternative.is_better]
+        return {**found, "better_settings": better}
 
     def to_text(self) -> str:
         """A few lines for a person."""
@@ -66,12 +101,25 @@ class ExtractBench:
             f"  backbone alone   {self.model_rate:>9,.1f} patches/s\n"
             f"  limit of both    {self.limit:>9,.1f} patches/s\n"
             f"  extraction       {self.pipeline_rate:>9,.1f} patches/s, "
-            f"{self.fraction_of_limit:.2f} of the limit"
+            f"{self.fraction_of_limit:.2f} of the limit" + "".join(f"\n{line}" for line in self._advice())
         )
+
+    def _advice(self) -> list[str]:
+        tried = sorted(self.alternatives, key=lambda other: -other.times_as_fast)
+        lines = [
+            f"better: {other.setting} ({other.what} {other.times_as_fast:.2f} × as fast"
+            + (f"; {other.note})" if other.note else ")")
+            for other in tried
+            if other.is_better
+        ]
+        others = [f"{other.setting} {other.times_as_fast:.2f} ×" for other in tried if not other.is_better]
+        if others:
+            lines.append(f"no better: {', '.join(others)}")
+        return [*lines, *(f"not tried: {text}" for text in self.untried)]
 
 
 def bench_extract(
-    config: FeatstoreConfig, project: Path, sample: int = 512, rounds: int = 3
+    config: FeatstoreConfig, project: Path, sample: int = 512, rounds: int = 3, try_others: bool = True
 ) -> ExtractBench:
     """Measure on a project's own patches; the project is not changed.
 
@@ -80,6 +128,7 @@ def bench_extract(
         project: The folder that relative paths start from.
         sample: Patches to measure with, spread over the cohort.
         rounds: How often everything is measured.
+        try_others: Hold other settings against the present ones, too.
 
     Raises:
         FeatstoreError: The patches or the backbone cannot be used.
@@ -100,6 +149,7 @@ def bench_extract(
         decoding, model, pipeline = runner.decoding(), runner.model(), runner.pipeline()
         limit = 1 / (1 / model + 1 / decoding) if device.type == "cpu" else min(model, decoding)
         results.append((decoding, model, pipeline, limit, pipeline / limit))
+    alternatives = tuple(runner.alternative(*other, rounds) for other in _others(runner) if try_others)
     decoding, model, pipeline, limit, fraction = (
         statistics.median(values) for values in zip(*results, strict=True)
     )
@@ -114,12 +164,43 @@ def bench_extract(
         settings={
             "backbone": config.backbone.name,
             "device": str(device),
+            "runtime": spec.runtime,
             "dtype": spec.compute_dtype,
             "batch size": runner.embedder.batch_size,
             "decoding threads": runner.workers,
             "torch threads": torch.get_num_threads(),
         },
+        alternatives=alternatives,
+        untried=tuple(_untried(spec, device)),
     )
+
+
+def _others(runner: _Runner) -> list[tuple[str, Any, str]]:
+    """Settings worth a try here: name in ``extract``, value, what else it changes."""
+    settings, device, spec = runner.config.extract, runner.device, runner.spec
+    found: list[tuple[str, Any, str]] = []
+    store = "of another make: needs a store of its own"
+    if settings.workers != "auto" and settings.workers != usable_cores():
+        found.append(("workers", usable_cores(), ""))
+    if spec.runtime == forward.OPENVINO:
+        return found  # takes a few patches at a time on every core, whatever the batch
+    batch = runner.embedder.batch_size
+    found += [("batch_size", size, "") for size in (batch // 2, 2 * batch) if size]
+    precision = forward.choose_compute_dtype("auto", device, None)
+    if spec.compute_dtype == "float32" != precision:
+        found.append(("amp", "auto", f"{precision}, {store}"))
+    if device.type == "cpu" and forward.choose_runtime("auto", device, None) == forward.OPENVINO:
+        found.append(("runtime", "openvino", store))
+    return found
+
+
+def _untried(spec: EmbeddingSpec, device: torch.device) -> list[str]:
+    found = []
+    if device.type == "cpu" and forward.choose_runtime("auto", device, None) != forward.OPENVINO:
+        found.append("OpenVINO, often the faster runtime on a CPU: pip install 'featstore[openvino]'")
+    if "Pillow" in decoder_name():
+        found.append("imagecodecs, a faster decoder: pip install 'featstore[imagecodecs]'")
+    return found
 
 
 class _Runner:
@@ -134,6 +215,7 @@ class _Runner:
         device: torch.device,
     ) -> None:
         self.config, self.found, self.spec = config, found, spec
+        self.backbone, self.device = backbone, device
         self.preprocessing = backbone.preprocessing
         self.workers = decoding_threads(config)
         self.views = Views(spec.views, spec.view_seed)
@@ -142,12 +224,14 @@ class _Runner:
         self.schedule = plan_schedule(
             self._paths, found.folder, self.preprocessing, config.images, most_pixels(config, device, spec)
         )
+        rows = self.schedule.rows
         with ThreadPoolExecutor(self.workers) as pool:
-            images = dict(
-                zip(self.schedule.rows.tolist(), pool.map(self._decode, self.schedule.rows), strict=True)
-            )
-        batches = self.schedule.batches(self.embedder.forward_size, self.views.count)
-        self._batches = [np.concatenate([images[row] for row in rows.tolist()]) for rows in batches]
+            self._images = dict(zip(rows.tolist(), pool.map(self._decode, rows), strict=True))
+        self._batches = self._batches_for(self.embedder)
+
+    def _batches_for(self, embedder: Embedder) -> list[NDArray[np.uint8]]:
+        batches = self.schedule.batches(embedder.forward_size, self.views.count)
+        return [np.concatenate([self._images[row] for row in rows.tolist()]) for rows in batches]
 
     def _decode(self, row: int) -> Any:
         images, path = self.config.images, self._paths[row]
@@ -155,13 +239,31 @@ class _Runner:
         order, most = images.channel_order, images.max_pixels
         return load(raw, path, self.preprocessing, order, most, self.views, path).pixels
 
-    def decoding(self) -> float:
-        with ThreadPoolExecutor(self.workers) as pool:
+    def alternative(self, name: str, value: Any, note: str, rounds: int) -> Alternative:
+        """Hold another setting of ``extract`` against the present one, in turns."""
+        setting = f"extract.{name}: {value}"
+        if name == "workers":
+            ratios = [self.decoding(value) / self.decoding() for _ in range(rounds)]
+            return Alternative(setting, statistics.median(ratios), "decoding", note)
+        extract = self.config.extract.model_copy(update={name: value})
+        config = self.config.model_copy(update={"extract": extract})
+        spec = describe(config, self.backbone, self.device, None)
+        with contextlib.closing(make_embedder(config, self.backbone, self.device, spec)) as embedder:
+            batches = self._batches_for(embedder)
+            self._model(embedder, batches)  # warm
+            ratios = [self._model(embedder, batches) / self.model() for _ in range(rounds)]
+        return Alternative(setting, statistics.median(ratios), "backbone", note)
+
+    def decoding(self, workers: int | None = None) -> float:
+        with ThreadPoolExecutor(workers or self.workers) as pool:
             return _rate(len(self.schedule.rows), lambda: list(pool.map(self._decode, self.schedule.rows)))
 
     def model(self) -> float:
+        return self._model(self.embedder, self._batches)
+
+    def _model(self, embedder: Embedder, batches: list[NDArray[np.uint8]]) -> float:
         def work() -> None:
-            pending = [self.embedder(pixels) for pixels in self._batches]
+            pending = [embedder(pixels) for pixels in batches]
             for features in pending:
                 features.result()
 

@@ -103,7 +103,7 @@ class BytePatches(torch.utils.data.Dataset):
 
 
 def extract(options: argparse.Namespace, folder: Path, paths: list[Path]) -> Rates:
-    found = bench_extract(settings(options, folder), Path(), len(paths), rounds=1)
+    found = bench_extract(settings(options, folder), Path(), len(paths), rounds=1, try_others=False)
     return {
         "extract": found.pipeline_rate,
         "decoding alone": found.decode_rate,
