@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test lint bench bench-gpu
 
 setup: .venv/.setup-done
 
@@ -32,3 +32,8 @@ bench: setup
 	$(BIN)/python tests/bench/bench_scale.py
 	$(BIN)/python -m tests.bench.bench_import
 	$(BIN)/featstore bench train
+
+# On a machine with a GPU; the results stay in $(GPU_RESULTS)/gpu.json.
+GPU_RESULTS ?= build/bench-gpu
+bench-gpu: setup
+	$(BIN)/python tests/bench/bench_gpu.py --out $(GPU_RESULTS)

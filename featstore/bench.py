@@ -142,7 +142,7 @@ def bench_extract(
     spec = describe(config, backbone, device, None)
     if device.type == "cpu":
         keep_freed_memory()
-    runner = _Runner(config, Scan(table, folder), backbone, spec, device)
+    runner = Runner(config, Scan(table, folder), backbone, spec, device)
     runner.pipeline(), runner.model()  # warm caches, kernels and memory
     results = []
     for _ in range(rounds):
@@ -175,7 +175,7 @@ def bench_extract(
     )
 
 
-def _others(runner: _Runner) -> list[tuple[str, Any, str]]:
+def _others(runner: Runner) -> list[tuple[str, Any, str]]:
     """Settings worth a try here: name in ``extract``, value, what else it changes."""
     settings, device, spec = runner.config.extract, runner.device, runner.spec
     found: list[tuple[str, Any, str]] = []
@@ -203,7 +203,7 @@ def _untried(spec: EmbeddingSpec, device: torch.device) -> list[str]:
     return found
 
 
-class _Runner:
+class Runner:
     """The three measurements, on the same patches with the same settings."""
 
     def __init__(
@@ -222,7 +222,7 @@ class _Runner:
         self.embedder = make_embedder(config, backbone, device, spec)
         self._paths = found.table["path"].tolist()
         self.schedule = plan_schedule(
-            self._paths, found.folder, self.preprocessing, config.images, most_pixels(config, device, spec)
+            self._paths, found.folder, backbone, config.images, most_pixels(config, device, spec)
         )
         rows = self.schedule.rows
         with ThreadPoolExecutor(self.workers) as pool:
@@ -255,10 +255,12 @@ class _Runner:
         return Alternative(setting, statistics.median(ratios), "backbone", note)
 
     def decoding(self, workers: int | None = None) -> float:
+        """Patches a second: read, decoded, resized, described."""
         with ThreadPoolExecutor(workers or self.workers) as pool:
             return _rate(len(self.schedule.rows), lambda: list(pool.map(self._decode, self.schedule.rows)))
 
     def model(self) -> float:
+        """Patches a second through the backbone, pixels in memory."""
         return self._model(self.embedder, self._batches)
 
     def _model(self, embedder: Embedder, batches: list[NDArray[np.uint8]]) -> float:
@@ -270,6 +272,7 @@ class _Runner:
         return _rate(len(self.schedule.rows), work)
 
     def pipeline(self) -> float:
+        """Patches a second of a whole extraction, into a store of its own."""
         table, settings = self.found.table, self.config.extract
         with tempfile.TemporaryDirectory(prefix="featstore-bench-") as folder:
             writer = StoreWriter(

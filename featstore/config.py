@@ -153,7 +153,7 @@ class ExtractConfig(Section):
     compile: bool = Field(False, description="torch.compile the backbone: pays in long runs only")
     dtype: Literal["float16", "float32"] = Field("float16", description="dtype of stored embeddings")
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="patches a forward pass; auto: 16 on a CPU, 256 on a GPU"
+        "auto", description="patches a forward pass; auto: 16 on a CPU, on a GPU up to 512, by its memory"
     )
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="decoding threads; auto: one a core"
@@ -163,10 +163,14 @@ class ExtractConfig(Section):
         pattern=r"^(\d+|auto)/[1-9]\d*$",
         description="I/N: share I (from 0) of N; auto/N: I from the scheduler's array",
     )
-    views: int = Field(
-        1, ge=1, le=64, description="cached views a patch: the plain one and K - 1 augmented ones"
+    views: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
+        "auto",
+        description="cached views a patch: the plain one and K - 1 augmented ones; "
+        "auto: as in the store, 1 in a new one",
     )
-    view_seed: int = Field(0, ge=0, lt=2**32, description="seed of the augmented views")
+    view_seed: Annotated[int, Field(ge=0, lt=2**32)] | Literal["auto"] = Field(
+        "auto", description="seed of the augmented views; auto: as in the store, 0 in a new one"
+    )
     native_pixels: Annotated[int, Field(ge=1024)] | Literal["auto"] = Field(
         "auto",
         description="native sizes: refuse patches of more pixels than this; auto: by the free memory",

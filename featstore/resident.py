@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from featstore.bags import Bag, BagBatch, collate
 from featstore.errors import StoreError
 from featstore.store import Store
+from featstore.store.mapped import MappedRows
+from featstore.store.reading import read_features
 
 _BLOCK = 256  # rows looked at at once: what fits in a core's cache
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
@@ -37,10 +40,12 @@ class CaseBags:
         memory: Bytes that the embeddings may take; None: half of what the device has free.
         device: Where batches are wanted; None: the CPU.
         views: Whether augmented views will be asked for (`Bag.view`): they are kept in memory as
-            well, where they fit beside the plain ones.
+            well, where they fit beside the plain ones; else each batch takes those that it wants out
+            of the store.
 
     Raises:
-        StoreError: A case is not in the store, or has embeddings that are not finite.
+        StoreError: A case is not in the store, or has embeddings (or views, where they will be asked
+            for) that are not finite.
     """
 
     def __init__(
@@ -55,52 +60,73 @@ class CaseBags:
         known: Mapping[str, int | None] = dict.fromkeys(store.cases()) if labels is None else labels
         self.outlines = {case: replace(store.outline(case), label=label) for case, label in known.items()}
         self._by_row = case_of_row(self.outlines)
-        rows = sum(len(bag) for bag in self.outlines.values())
-        size = rows * store.spec.dim * np.dtype(store.spec.stored_dtype).itemsize
+        sizes = [len(bag) for bag in self.outlines.values()]
+        size = sum(sizes) * store.spec.dim * np.dtype(store.spec.stored_dtype).itemsize
         self._none = torch.from_numpy(np.empty((0, store.spec.dim), store.spec.stored_dtype))
         self.resident: torch.Tensor | None = None
         if memory is None:
             memory = memory_budget("auto", self.device)
         self._views: torch.Tensor | None = None
+        self._mapped_views = MappedRows(store.spec.stored_dtype, store.spec.dim, self._count)
         if size <= memory:
-            self._load(rows)
-            if views and size * store.spec.views <= memory:
-                self._load_views()
+            self._start = dict(zip(self.outlines, np.cumsum([0, *sizes]).tolist(), strict=False))
+            self.resident = self._load((store.spec.dim,), self._read)
         else:
             for case in self.outlines:  # better told now than in the middle of an epoch
                 self._check(case, self._read(case))
+        if views and self._count:
+            if size * store.spec.views <= memory:
+                self._views = self._load((self._count, store.spec.dim), self._read_views).flatten(0, 1)
+            else:
+                self._check_views()
 
-    def _load(self, rows: int) -> None:
-        held = self._none.new_empty((rows, self.store.spec.dim))
-        self._start, start = {}, 0
+    def _load(self, row: tuple[int, ...], read: Callable[[str, torch.Tensor], object]) -> torch.Tensor:
+        """All cases' rows in one tensor on the device; of the others no more than one case is held."""
+        held = self._none.new_empty((sum(map(len, self.outlines.values())), *row), device=self.device)
         for case, outline in self.outlines.items():
-            self._check(case, self._read(case, held[start : start + len(outline)]))
-            self._start[case] = start
-            start += len(outline)
-        self.resident = held.to(self.device)
+            place = held[self._start[case] : self._start[case] + len(outline)]
+            found = place if place.device.type == "cpu" else torch.empty_like(place, device="cpu")
+            read(case, found)
+            self._check(case, found)
+            if found is not place:
+                place.copy_(found)
+        return held
 
-    def _load_views(self) -> None:
-        if self.store.spec.views > 1:
-            found = [torch.from_numpy(self.store.views(case)).flatten(0, 1) for case in self.outlines]
-            self._views = torch.cat(found).to(self.device)
+    def _check_views(self) -> None:
+        """One view after the other, out of the maps: what is checked now need not be in an epoch."""
+        for case, outline in self.outlines.items():
+            for number in range(self._count):
+                index = np.arange(len(outline))
+                found = self._augmented(case, index, np.full_like(index, number))
+                self._check(case, found, number + 1)
+
+    def _read_views(self, case: str, into: torch.Tensor) -> None:
+        store, row = self.store, (self._count, self.store.spec.dim)
+        read_features(
+            store.folder(case), store.layout(case), store.spec.stored_dtype, row, into.numpy(), "views"
+        )
 
     def _read(self, case: str, into: torch.Tensor | None = None) -> torch.Tensor:
         return torch.from_numpy(self.store.features(case, None if into is None else into.numpy()))
 
-    def _check(self, case: str, features: torch.Tensor) -> None:
+    def _check(self, case: str, found: torch.Tensor, view: int = 0) -> None:
+        """Refuse what is not finite: rows (P, D) of one view, or all augmented ones (P, V − 1, D)."""
         # On the bits: torch.isfinite takes longer for float16 than reading does.
-        infinity = torch.tensor(float("inf"), dtype=features.dtype)
-        numbers = torch.int16 if features.dtype == torch.float16 else torch.int32
+        infinity = torch.tensor(float("inf"), dtype=found.dtype)
+        numbers = torch.int16 if found.dtype == torch.float16 else torch.int32
         exponent = int(infinity.view(numbers))
-        for start in range(0, len(features), _BLOCK):
-            largest = features[start : start + _BLOCK].view(numbers).bitwise_and(exponent).amax(dim=1)
+        together, rows = math.prod(found.shape[1:-1]), found.flatten(0, -2)
+        for start in range(0, len(rows), _BLOCK):
+            largest = rows[start : start + _BLOCK].view(numbers).bitwise_and(exponent).amax(dim=1)
             if int(largest.max()) == exponent:
-                raise self._not_finite(case, start + int(largest.argmax()))
+                index, number = divmod(start + int(largest.argmax()), together)
+                raise self._not_finite(case, index, view if found.ndim == 2 else number + 1)
 
-    def _not_finite(self, case: str, index: int) -> StoreError:
+    def _not_finite(self, case: str, index: int, view: int) -> StoreError:
         patch = self.store.table(case).iloc[index]
+        what = f"augmented view {view}" if view else "the embedding"
         return StoreError(
-            f"the embedding of {patch['path']} is not finite (NaN or infinite)",
+            f"{what} of {patch['path']} is not finite (NaN or infinite)",
             expected="finite numbers",
             where=f"{self.store.path}, case {case}, {patch['stain']}, {patch['slice_id']}",
             fix=f"leave the case out (exclude: [{case}]), or embed or import it again",
@@ -133,21 +159,46 @@ class CaseBags:
         for case, bag, rows in zip(
             cases, bags, torch.split(found, [len(bag) for bag in bags]), strict=True
         ):
-            self._fill(rows, case, bag)
-            if bag.view is not None and bag.view.any():
+            if bag.view is None or not bag.view.any():
+                self._fill(rows, case, bag)
+            else:
                 self._fill_views(rows, case, bag, bag.view)
         return found
 
     def _fill_views(self, rows: torch.Tensor, case: str, bag: Bag, view: NDArray[np.int64]) -> None:
-        """Put augmented views in the place of plain ones."""
-        at = np.flatnonzero(view)
-        index, number, count = (bag.rows - self.outlines[case].rows[0])[at], view[at] - 1, self._count
-        if self._views is None:
-            found = torch.from_numpy(self.store.views(case)[index, number]).to(self.device)
-        else:
-            place = torch.from_numpy((index + self._start[case]) * count + number)
-            found = self._views.index_select(0, place.to(self.device, non_blocking=True))
-        rows[torch.from_numpy(at).to(self.device, non_blocking=True)] = found
+        """Each patch's one view, plain or augmented; the others are not read.
+
+        Raises:
+            IndexError: There is no view of this number.
+        """
+        if view.min() < 0 or view.max() > self._count:
+            raise IndexError(f"views {view.min()} to {view.max()} of {self._count + 1} ({case})")
+        index = bag.rows - self.outlines[case].rows[0]
+        plain, augmented = np.flatnonzero(view == 0), np.flatnonzero(view)
+        for at, found in (
+            (plain, self._plain(case, index[plain])),
+            (augmented, self._augmented(case, index[augmented], view[augmented] - 1)),
+        ):
+            where = torch.from_numpy(at).to(self.device, non_blocking=True)
+            rows.index_copy_(0, where, found.to(self.device, non_blocking=True))
+
+    def _plain(self, case: str, index: NDArray[np.int64]) -> torch.Tensor:
+        """(n, D) the embeddings of the patches at these positions."""
+        if self.resident is None:
+            return torch.from_numpy(self.store.take(case, index))
+        return self._select(self.resident, index + self._start[case])
+
+    def _augmented(self, case: str, index: NDArray[np.int64], number: NDArray[np.int64]) -> torch.Tensor:
+        """(n, D) the augmented views of these numbers, from 0, of the patches at these positions."""
+        if self._views is not None:
+            return self._select(self._views, (index + self._start[case]) * self._count + number)
+        store = self.store
+        folder = store.folder(case)
+        found = self._mapped_views.take(folder, case, lambda: store.layout(case), index, number)
+        return torch.from_numpy(store.views(case)[index, number] if found is None else found)
+
+    def _select(self, held: torch.Tensor, place: NDArray[np.int64]) -> torch.Tensor:
+        return held.index_select(0, torch.from_numpy(place).to(self.device, non_blocking=True))
 
     @property
     def _count(self) -> int:

@@ -98,7 +98,7 @@ def test_another_setting_is_measured_in_turn_with_the_present_one(
 ) -> None:
     """Drifting speed must not look like a gain."""
     rates = iter([10.0, 5.0, 30.0, 10.0, 80.0, 20.0])
-    runner = object.__new__(bench._Runner)
-    monkeypatch.setattr(bench._Runner, "decoding", lambda self, workers=None: next(rates))
+    runner = object.__new__(bench.Runner)
+    monkeypatch.setattr(bench.Runner, "decoding", lambda self, workers=None: next(rates))
     found = runner.alternative("workers", 2, "", 3)
     assert found.times_as_fast == statistics.median([2.0, 3.0, 4.0])

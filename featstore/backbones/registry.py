@@ -20,6 +20,7 @@ from featstore.errors import BackboneError
 from featstore.images import COLOR_POLICY, NATIVE_TYPICAL, RESIZE_IMPLEMENTATION, Preprocessing
 from featstore.spec import EmbeddingSpec
 
+from .shapes import shapes
 from .weights import state_sha256
 
 
@@ -49,6 +50,21 @@ class Backbone:
     pool: int
     final_relu: bool | None
     weights_ignored: tuple[str, ...] = ()
+
+    def map_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the feature map of a patch of this size in px.
+
+        Costs a trial without data.
+
+        Returns:
+            1 × 1 where the model averages its map by itself; 0 × 0 where it cannot compute such a
+            patch, because its maps vanish on the way.
+        """
+        try:
+            found = shapes(self.module, height, width, self.name)
+        except BackboneError:
+            return 0, 0
+        return found.map_size or (1, 1)
 
     def spec(
         self, channel_order: str, compute_dtype: str, stored_dtype: str, runtime: str = "torch"
@@ -164,9 +180,16 @@ def assemble(
         BackboneError: The module cannot take such an input.
     """
     module.eval().requires_grad_(False)
-    shape = _output_shape(module, preprocessing.size, config.name)
+    shape, map_size = shapes(module, preprocessing.size, preprocessing.size, config.name)
     if preprocessing.is_native:
         _check_native(module, config.name, shape, preprocessing.input_size(_TRIAL, _TRIAL)[0])
+    elif map_size is not None and min(map_size) < config.pool:
+        raise BackboneError(
+            f"{config.name} gives a feature map of {map_size[1]} × {map_size[0]} at this size",
+            expected=f"at least {config.pool} × {config.pool}, for backbone.pool {config.pool}",
+            where="backbone.pool",
+            fix="lower backbone.pool, or raise backbone.resize",
+        )
     if len(shape) != 2:
         raise BackboneError(
             f"{config.name} gives features of shape {shape[1:]} a patch",
@@ -194,7 +217,7 @@ _TRIAL = 2 * NATIVE_TYPICAL + 33
 def _check_native(module: nn.Module, name: str, shape: tuple[int, ...], size: int) -> None:
     """Whether the module takes patches of any size, and gives features of one length."""
     try:
-        fits = _output_shape(module, size, name) == shape
+        fits = shapes(module, size, size, name).features == shape
     except BackboneError:
         fits = False
     if not fits:
@@ -204,29 +227,6 @@ def _check_native(module: nn.Module, name: str, shape: tuple[int, ...], size: in
             where="backbone.resize",
             fix="set backbone.resize: model, or choose densenet121 or resnet50",
         )
-
-
-@torch.no_grad()
-def _output_shape(module: nn.Module, size: int, name: str) -> tuple[int, ...]:
-    """Shape of the features of one patch, computed without data where the model allows it."""
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    meta = {key: torch.empty_like(value, device="meta") for key, value in tensors.items()}
-    try:
-        image = torch.empty(1, 3, size, size, device="meta")
-        return tuple(torch.func.functional_call(module, meta, (image,)).shape)
-    except BackboneError:
-        raise
-    except Exception:
-        # Some models mix in tensors of their own or read values; those are run for real.
-        try:
-            return tuple(module(torch.zeros(1, 3, size, size)).shape)
-        except (AssertionError, RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise BackboneError(
-                f"{name} cannot take patches of {size} × {size} px: {error}",
-                expected="a size that the model was made for",
-                where="backbone.resize",
-                fix="set backbone.resize: model, or a multiple of the model's patch size",
-            ) from error
 
 
 def normalize(
@@ -258,30 +258,3 @@ def _affine(
         shift = torch.tensor([255 * m for m in mean], dtype=torch.float32)
         scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32)
         return shift.view(1, 3, 1, 1).to(device), scale.view(1, 3, 1, 1).to(device)
-
-
-def pool_grid(maps: torch.Tensor, n: int, name: str) -> torch.Tensor:
-    """Averages feature maps over n × n cells, in float32.
-
-    Args:
-        maps: (B, C, h, w).
-        n: Cells a side; where n does not divide h, cells overlap by a row (adaptive pooling:
-            cell i spans rows floor(i·h/n) to ceil((i+1)·h/n)).
-        name: Of the backbone, for errors.
-
-    Returns:
-        (B, C · n²) float32, channel-major: index c · n² + row · n + column.
-
-    Raises:
-        BackboneError: A trial without data, of the size that all patches have, shows fewer than n
-            rows or columns. Of small patches at their own size the cells then share their rows.
-    """
-    height, width = maps.shape[-2:]
-    if maps.is_meta and min(height, width) < n:
-        raise BackboneError(
-            f"{name} gives a feature map of {height} × {width} at this size",
-            expected=f"at least {n} × {n}, for backbone.pool {n}",
-            where="backbone.pool",
-            fix="lower backbone.pool, or raise backbone.resize",
-        )
-    return nn.functional.adaptive_avg_pool2d(maps.float(), n).flatten(1)

@@ -22,7 +22,8 @@ from featstore.errors import BackboneError
 from featstore.images import Preprocessing
 
 from .downloads import fetch_hub_file, fetch_url
-from .registry import Backbone, assemble, nearest, pool_grid, register_backbone
+from .registry import Backbone, assemble, nearest, register_backbone
+from .shapes import GridPooling
 from .weights import load_into, read_state
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
@@ -41,15 +42,17 @@ class TimmFeatures(nn.Module):
     def __init__(self, model: nn.Module, pool: int, name: str) -> None:
         super().__init__()
         self.model = model
-        self.pool = pool
+        self.grid = GridPooling(pool) if pool > 1 else None
         self.name = name
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Features (B, D) float32 of normalised images (B, 3, H, W)."""
-        if self.pool == 1:
-            features: torch.Tensor = self.model(x)
+        features: torch.Tensor
+        if self.grid is None:
+            features = self.model(x)
             return features.float()
-        return pool_grid(_feature_map(self.model, x, self.name), self.pool, self.name)
+        features = self.grid(_feature_map(self.model, x, self.name))
+        return features
 
 
 def _feature_map(model: Any, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -63,16 +66,22 @@ def _feature_map(model: Any, x: torch.Tensor, name: str) -> torch.Tensor:
         return maps.permute(0, 3, 1, 2) if last else maps
     if isinstance(maps, torch.Tensor) and maps.ndim == 3:
         tokens = maps[:, getattr(model, "num_prefix_tokens", 0) :]
-        side = math.isqrt(tokens.shape[1])
-        if side * side == tokens.shape[1]:
-            return tokens.transpose(1, 2).reshape(len(tokens), -1, side, side)
+        rows, columns = _token_grid(tokens.shape[1], *x.shape[-2:])
+        if rows * columns == tokens.shape[1]:
+            return tokens.transpose(1, 2).reshape(len(tokens), -1, rows, columns)
     shape = tuple(maps.shape) if isinstance(maps, torch.Tensor) else type(maps).__name__
     raise BackboneError(
         f"{name} has no two-dimensional feature map (its last features are {shape})",
-        expected="a map, or a square of tokens, to average over a grid",
+        expected="a map, or one token for each square of the patch, to average over a grid",
         where="backbone.pool",
         fix="set backbone.pool: 1",
     )
+
+
+def _token_grid(count: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of tokens that stand for equal squares of a patch; 0 × 0 where they do not."""
+    rows, columns = (round(math.sqrt(count * a / b)) for a, b in ((height, width), (width, height)))
+    return (rows, columns) if rows * width == columns * height else (0, 0)
 
 
 @register_backbone("timm:")

@@ -21,7 +21,8 @@ from featstore.errors import BackboneError
 from featstore.images import Preprocessing
 
 from .downloads import fetch_url
-from .registry import Backbone, assemble, pool_grid, register_backbone
+from .registry import Backbone, assemble, register_backbone
+from .shapes import GridPooling
 from .weights import load_into
 
 
@@ -32,22 +33,21 @@ class ConvFeatures(nn.Module):
         body: (B, 3, H, W) to the feature map (B, C, h, w); its names are torchvision's.
         pool: Cells a side.
         relu: Apply a ReLU before pooling.
-        name: For errors.
     """
 
-    def __init__(self, body: nn.Module, pool: int, relu: bool, name: str) -> None:
+    def __init__(self, body: nn.Module, pool: int, relu: bool) -> None:
         super().__init__()
         self.body = body
-        self.pool = pool
         self.relu = relu
-        self.name = name
+        self.grid = GridPooling(pool)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Features (B, C · pool²) float32 of normalised images (B, 3, H, W)."""
         maps = self.body(x)
         if self.relu:
             maps = nn.functional.relu(maps)
-        return pool_grid(maps, self.pool, self.name)
+        features: torch.Tensor = self.grid(maps)
+        return features
 
 
 @register_backbone("densenet121")
@@ -86,7 +86,7 @@ def _build(
     weights_ignored = load_into(
         body, config.weights, base, config.name, lambda: fetch_url(weights.url, config.name)
     )
-    module = ConvFeatures(body, config.pool, bool(final_relu), config.name)
+    module = ConvFeatures(body, config.pool, bool(final_relu))
     preprocessing = _preprocessing(config.resize, weights.transforms())
     return assemble(
         config, body, module, preprocessing, final_relu=final_relu, weights_ignored=weights_ignored

@@ -24,6 +24,8 @@ from featstore.store import Slice, StoreWriter
 # Of a patch at a time there may be thousands of batches; that the backbone has not computed them
 # yet is not for the writer to wait for.
 _QUEUED = 4_096
+# Between two looks at what waits, while nothing comes.
+_IDLE_SECONDS, _LONGEST_WAIT = 0.05, 60.0
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class Committer:
             raise self._error
 
     def _run(self) -> None:
-        while (batch := self._queue.get()) is not None:
+        while (batch := self._next_batch()) is not None:
             # After an error the queue is still emptied, so that nobody waits for a place in it.
             if self._error is None:
                 self._guarded(partial(self._add, batch))
@@ -141,6 +143,15 @@ class Committer:
                 self._room.notify_all()
         if self._error is None:
             self._guarded(self._finish)
+
+    def _next_batch(self) -> Batch | None:
+        """The next one; while none comes, what has waited long enough is committed."""
+        while True:
+            try:
+                return self._queue.get(timeout=min(max(self._part_seconds, _IDLE_SECONDS), _LONGEST_WAIT))
+            except queue.Empty:
+                if self._error is None:
+                    self._guarded(self._commit_old)
 
     def _weight(self, batch: Batch) -> int:
         return self._views * (len(batch.rows) + len(batch.failed))
@@ -175,8 +186,13 @@ class Committer:
                 break
             self._next += 1
         if self._waiting and time.monotonic() - self._waiting_since >= self._part_seconds:
-            self._release_all()
-            self._commit()
+            self._finish()
+
+    def _commit_old(self) -> None:
+        """Commit what has waited ``part_seconds``, although nothing comes that would close its part."""
+        since = [self._waiting_since] * bool(self._waiting) + [self._buffer.since] * bool(self._buffer.rows)
+        if since and time.monotonic() - min(since) >= self._part_seconds:
+            self._finish()
 
     def _release_all(self) -> None:
         """Let rows go that still wait for others: those are late, or will never come."""

@@ -20,6 +20,7 @@ _OUT_OF_MEMORY = (
     "can't allocate memory",
     "ALLOC_FAILED",
     "CUDA error: out of memory",
+    "CUDA out of memory",  # within the error of a compiler
     "bad_alloc",
     "bad allocation",
 )

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featstore.errors import ImageError
+from featstore.errors import FeatstoreError, ImageError
 from featstore.extraction.views import make_views
 from featstore.images import Preprocessing, check_size, decode
+from featstore.png import refuse
 from featstore.quality import quality
 
 
@@ -59,23 +63,37 @@ _PLAIN = Views()
 
 
 def read(folder: Path, path: str, max_pixels: int) -> Raw:
-    """Read one file.
+    """Read one file: as much as it has when it is opened, though it may grow meanwhile.
 
     Raises:
-        ImageError: The file is gone, unreadable, or larger than any image of ``max_pixels``.
+        ImageError: The file is gone, unreadable, no file any more, or larger than any image of
+            ``max_pixels``.
+        FeatstoreError: Memory does not suffice.
     """
     started = time.perf_counter()
     try:
-        with open(folder / path, "rb") as file:
+        with _memory_for(path), open(folder / path, "rb", opener=_open_at_once) as file:
             state = os.fstat(file.fileno())
+            if not stat.S_ISREG(state.st_mode):
+                raise ImageError(
+                    f"{path} is not a regular file any more (a pipe or a device?)",
+                    expected="a PNG file, as at the start of the run",
+                    where=str(folder / path),
+                    fix="remove it from the folder of patches",
+                )
             check_size(state.st_size, max_pixels, path)
-            return Raw(file.read(), state.st_mtime_ns, time.perf_counter() - started)
+            return Raw(file.read(state.st_size), state.st_mtime_ns, time.perf_counter() - started)
     except OSError as error:
         raise ImageError(
             f"a patch cannot be read ({error.strerror})",
             where=str(folder / path),
             fix="check that the folder is still there and nobody is moving its files",
         ) from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting: a pipe that nobody writes to would hold the run for ever."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def load(
@@ -100,14 +118,49 @@ def load(
 
     Raises:
         ImageError: The file is no image that can be used.
+        FeatstoreError: Memory does not suffice, or the decoder would end the process.
     """
     started = time.perf_counter()
-    decoded = decode(raw.data, path, channel_order, max_pixels)
-    return Loaded(
-        pixels=make_views(decoded.pixels, preprocessing, views.count, views.seed, key),
-        quality=quality(decoded.pixels),
-        stat=np.array([len(raw.data), raw.mtime_ns], np.int64),
-        sha256=np.frombuffer(hashlib.sha256(raw.data).digest(), np.uint8),
-        converted=decoded.converted,
-        seconds=time.perf_counter() - started,
-    )
+    with _memory_for(path):
+        with _decoder_errors(path):
+            decoded = decode(raw.data, path, channel_order, max_pixels)
+        return Loaded(
+            pixels=make_views(decoded.pixels, preprocessing, views.count, views.seed, key),
+            quality=quality(decoded.pixels),
+            stat=np.array([len(raw.data), raw.mtime_ns], np.int64),
+            sha256=np.frombuffer(hashlib.sha256(raw.data).digest(), np.uint8),
+            converted=decoded.converted,
+            seconds=time.perf_counter() - started,
+        )
+
+
+@contextmanager
+def _memory_for(path: str) -> Iterator[None]:
+    """No fault of the file: the run ends, whatever is to be done about bad images."""
+    try:
+        yield
+    except MemoryError as error:
+        raise FeatstoreError(
+            f"memory ran out while {path} was read and decoded",
+            where="extract.workers, extract.batch_size",
+            fix="use fewer --workers or a smaller --batch-size, or free memory; then run the same command "
+            "again: what was committed is safe",
+        ) from error
+
+
+@contextmanager
+def _decoder_errors(path: str) -> Iterator[None]:
+    """What a decoding library raises beside the errors that are known of it, with the file's name."""
+    try:
+        yield
+    except (FeatstoreError, MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        refuse(path, f"the decoder failed ({type(error).__name__}: {error})")
+    except BaseException as error:
+        # From a thread SystemExit would end the run without a word, perhaps with exit code 0.
+        raise FeatstoreError(
+            f"the decoder gave up on {path} ({type(error).__name__})",
+            where=path,
+            fix="remove the file and run the same command again: what was committed is safe",
+        ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from featstore.config import ImagesConfig
-from featstore.errors import ImageError
+from featstore.errors import FeatstoreError, ImageError
 from featstore.extraction.committer import Batch, Committer
 from featstore.extraction.forward import Embedder
 from featstore.extraction.loading import Loaded, Raw, Views, load, read
@@ -26,6 +26,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 # Threads that only wait for the disk or the network.
 _READERS = 8
+# While a patch is waited for, a stop is looked for this often.
+_SECONDS = 0.2
 # Pixels that may be decoded ahead of the forward pass, besides the patches of the next batches.
 _PIXELS_AHEAD = 1 << 25
 
@@ -158,19 +160,31 @@ def run_pass(
     ):
         try:
             raw = _ahead(readers, read_job, order, lambda at: 1, 2 * work.workers + _READERS)
-            most = ahead * int(pixels.min()) + _PIXELS_AHEAD if order else 1
+            most = ahead * int(pixels[order].min()) + _PIXELS_AHEAD if order else 1
             decoded = _ahead(decoders, decode_job, raw, lambda at: int(pixels[order[at]]), most)
             for rows in batches:
                 if stopped():
                     break
-                _advance(rows, decoded, paths, work, embedder, committer, progress)
+                _advance(rows, decoded, paths, work, embedder, committer, progress, stopped)
                 observe(progress)
         finally:
-            readers.shutdown(wait=True, cancel_futures=True)
-            decoders.shutdown(wait=True, cancel_futures=True)
-            committer.close()
-            progress.writing, progress.busy = committer.seconds, embedder.busy_seconds
+            # What was computed is committed before a read that hangs is waited for.
+            readers.shutdown(wait=False, cancel_futures=True)
+            decoders.shutdown(wait=False, cancel_futures=True)
+            _close(committer, embedder, progress)
     return progress
+
+
+def _close(committer: Committer, embedder: Embedder, progress: Progress) -> None:
+    """Let everything be committed; only its own work there is the writer's, the rest the backbone's."""
+    before, started = committer.seconds, time.monotonic()
+    try:
+        committer.close()
+    finally:
+        waited, written = time.monotonic() - started, committer.seconds - before
+        progress.waited_for_writing += min(waited, written)
+        progress.forward += max(0.0, waited - written)
+        progress.writing, progress.busy = committer.seconds, embedder.busy_seconds
 
 
 def _keys(work: Work) -> list[str]:
@@ -205,8 +219,9 @@ def _advance(
     embedder: Embedder,
     committer: Committer,
     progress: Progress,
+    stopped: Callable[[], bool],
 ) -> None:
-    """One batch: take its patches, compute, hand over.
+    """One batch: take its patches, compute, hand over; of a stop while waiting, those that are there.
 
     Raises:
         ImageError: A file is unusable and that is to end the pass; what was decoded before it in
@@ -216,8 +231,13 @@ def _advance(
     taken, loaded, failed = [], [], []
     error: ImageError | None = None
     for row in rows.tolist():
+        future = next(decoded)
+        while not wait((future,), _SECONDS).done and not stopped():
+            pass
+        if not future.done():
+            break
         try:
-            seconds, item = next(decoded).result()
+            seconds, item = future.result()
         except ImageError as problem:
             if work.images.on_bad_image == "stop":
                 error = problem
@@ -245,7 +265,7 @@ def _compute(
     progress: Progress,
 ) -> None:
     started = time.monotonic()
-    features = embedder(np.concatenate([item.pixels for item in loaded])) if loaded else None
+    features = embedder(_together(loaded)) if loaded else None
     computed = time.monotonic()
     # Pixels are hundreds of times larger than embeddings: they must not wait in the writer.
     slim = [replace(item, pixels=np.empty((0, 0, 0, 3), np.uint8)) for item in loaded]
@@ -254,6 +274,18 @@ def _compute(
     progress.waited_for_writing += time.monotonic() - computed
     progress.done += len(rows)
     progress.converted.update(item.converted for item in loaded if item.converted)
+
+
+def _together(loaded: list[Loaded]) -> NDArray[np.uint8]:
+    """Pixels (n, H, W, 3) of a batch; FeatstoreError where memory does not suffice."""
+    try:
+        return np.concatenate([item.pixels for item in loaded])
+    except MemoryError as error:
+        raise FeatstoreError(
+            f"there is too little memory to put {len(loaded)} patches side by side",
+            where="extract.batch_size",
+            fix="use a smaller --batch-size, or free the memory",
+        ) from error
 
 
 def _ahead(

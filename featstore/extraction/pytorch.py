@@ -14,6 +14,7 @@ from torch import nn
 
 from featstore.backbones import Backbone, normalize
 from featstore.backbones.folding import fold_batch_norms
+from featstore.errors import ConfigError, FeatstoreError
 from featstore.extraction.forward import (
     DTYPES,
     FOLDED,
@@ -60,6 +61,9 @@ class TorchEmbedder:
         fold: Fold batch normalisation into convolutions.
         compile: Use ``torch.compile`` for patches of the configured size.
 
+    Raises:
+        ConfigError: Nothing can be compiled here.
+
     Attributes:
         batch_size: As given, or what memory allows.
         halved: How often memory ran out.
@@ -91,8 +95,6 @@ class TorchEmbedder:
             module, self.folding = folded.module, str(folded)
         self._module = module.to(device).to(memory_format=torch.channels_last)
         self._compiled = self._module
-        if compile:
-            self._compiled = cast(nn.Module, torch.compile(self._module, dynamic=False))
         self._compute = DTYPES[compute_dtype]
         self._stored = DTYPES[stored_dtype]
         # Copies to a GPU go beside its work on earlier batches.
@@ -101,6 +103,8 @@ class TorchEmbedder:
         self._clock = BusyClock()
         if device.type == "cuda":
             self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        if compile and self._size is not None:
+            self._compile(self._size)
 
     @property
     def busy_seconds(self) -> float | None:
@@ -113,6 +117,27 @@ class TorchEmbedder:
         if not usual and self.device.type == "cpu" and self._compute == torch.float32:
             return 1
         return budgeted_patches(self.batch_size, self._size, height, width)
+
+    def _compile(self, size: int) -> None:
+        """Compile now, before anything is written, and not at the first batch.
+
+        Raises:
+            ConfigError: Nothing can be compiled here.
+        """
+        try:
+            self._compiled = cast(nn.Module, torch.compile(self._module, dynamic=False))
+            self(np.zeros((1, size, size, 3), np.uint8)).result()
+            self._clock = BusyClock()
+        except FeatstoreError:
+            raise
+        # Compilers, their caches and their processes raise errors of any kind.
+        except Exception as error:
+            raise ConfigError(
+                f"torch.compile cannot compile this backbone: {str(error).splitlines()[0]}",
+                expected="a C++ compiler (g++, or what CXX names), Triton on a GPU, a cache folder",
+                where="extract.compile",
+                fix="install a compiler, or leave it out: --no-compile (extract.compile: false)",
+            ) from error
 
     def close(self) -> None:
         """Nothing to give back before the object itself goes."""

@@ -44,6 +44,7 @@ class ExtractionReport:
         finished: When it was over.
         gpu_samples: Fractions of the time in which the GPU computed; empty where nobody knows.
         gpu_interval: Seconds between them.
+        coarse: Patches with a feature map smaller than the backbone's grid.
         merged: What all shares did, where this was the last of them to end.
     """
 
@@ -64,6 +65,7 @@ class ExtractionReport:
     finished: datetime = field(default_factory=now)
     gpu_samples: tuple[float, ...] = ()
     gpu_interval: float = 1.0
+    coarse: int = 0
     merged: MergedReport | None = None
 
     @property
@@ -101,6 +103,11 @@ class ExtractionReport:
             shown = ", ".join(self.weights_ignored[:5])
             lines.append(f"{len(self.weights_ignored)} keys of the weights file were not used: {shown}")
         lines += [f"{count:,} patches converted: {how}" for how, count in progress.converted.most_common()]
+        if self.coarse:
+            lines.append(
+                f"{self.coarse:,} patches have a feature map of fewer rows or columns than "
+                "backbone.pool: cells of their grid share some"
+            )
         if self.skipped:
             lines.append(f"{len(self.skipped):,} files skipped, all listed in reports/extract/:")
             lines += [f"  {path}: {reason}" for path, reason in self.skipped[:5]]
@@ -141,6 +148,8 @@ class ExtractionReport:
         others = sum(n for share, n in self.not_in_store.items() if share != self.shard.index)
         name = f"share {self.shard.index}/{self.shard.count}"
         state = "done" if self.interrupted is None else "not done"
+        if self.merged is not None:  # which knows, besides, what the others have skipped
+            return f"{name} {state}"
         if not others:
             return f"{name} {state}; all patches of the other shares are in the store"
         return f"{name} {state}; {others:,} patches of other shares are not in the store yet"
@@ -160,6 +169,7 @@ class ExtractionReport:
             "pruned": self.pruned,
             "skipped": [{"path": path, "reason": reason} for path, reason in self.skipped],
             "converted": dict(progress.converted),
+            "maps_smaller_than_pool": self.coarse,
             "computed": progress.done,
             "not_in_store": sum(self.not_in_store.values()),
             "not_in_store_by_share": {str(share): n for share, n in self.not_in_store.items()},

@@ -80,7 +80,7 @@ def extract(
     schedule = plan_schedule(
         plan.pending["path"].tolist(),
         found.folder,
-        backbone.preprocessing,
+        backbone,
         config.images,
         most_pixels(config, device, spec),
     )
@@ -172,4 +172,5 @@ def _carry_out(
         started=began,
         gpu_samples=tuple(sampler.samples),
         gpu_interval=sampler.interval,
+        coarse=work.schedule.coarse,
     )

@@ -7,6 +7,7 @@ waits for its turn in the store.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,10 +16,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from featstore.backbones import Backbone
 from featstore.config import ImagesConfig
 from featstore.errors import ImageError
 from featstore.extraction.forward import BYTES_A_PIXEL
-from featstore.images import NATIVE_SMALLEST, Preprocessing
+from featstore.images import NATIVE_SMALLEST
 from featstore.png import check_header
 
 # Patches among which equal sizes are looked for.
@@ -37,11 +39,14 @@ class Schedule:
         sizes: (P, 2) height and width in pixels that the backbone sees of every patch.
         rows: (R,) the rows of the pending table that are computed, ascending.
         skipped: (path, reason) of the others.
+        coarse: How many have a feature map of fewer rows or columns than the backbone's grid, whose
+            cells then share some.
     """
 
     sizes: NDArray[np.int64]
     rows: Rows
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    coarse: int = 0
 
     def batches(self, forward_size: Callable[[int, int], int], views: int = 1) -> Iterator[Rows]:
         """Rows of one size, as many as one forward pass takes.
@@ -70,7 +75,7 @@ class Schedule:
 def plan_schedule(
     paths: Sequence[str],
     folder: Path,
-    preprocessing: Preprocessing,
+    backbone: Backbone,
     images: ImagesConfig,
     most_pixels: int,
 ) -> Schedule:
@@ -79,13 +84,14 @@ def plan_schedule(
     Args:
         paths: Of the pending patches, below the folder.
         folder: The patches folder.
-        preprocessing: What the backbone wants.
+        backbone: What it wants; with native sizes, whose feature maps must be large enough for its grid.
         images: What to do about files that cannot be used.
         most_pixels: Patches of more pixels than this are refused with native sizes.
 
     Raises:
-        ImageError: A patch is too large, and ``on_bad_image`` is ``stop``.
+        ImageError: A patch is too large, or its feature map too small, and ``on_bad_image`` is ``stop``.
     """
+    preprocessing = backbone.preprocessing
     if not preprocessing.is_native:
         size = np.array(preprocessing.input_size(0, 0), np.int64)
         return Schedule(np.broadcast_to(size, (len(paths), 2)), np.arange(len(paths)))
@@ -121,7 +127,76 @@ def plan_schedule(
             fix="raise --native-pixels where there is memory, resize all patches (--resize 224), "
             "or leave these out with --on-bad-image skip (they are listed)",
         )
-    return Schedule(sizes, np.flatnonzero(keep), skipped)
+    maps = _Maps(backbone, sizes)
+    small, least = maps.below(1, np.flatnonzero(keep))
+    reason = f"a side is below {least} px, too small for {backbone.name}"
+    if len(small) and images.on_bad_image == "stop":
+        raise _too_small(small, least, paths, found, backbone, folder)
+    keep[small] = False
+    for row in np.sort(small).tolist():
+        skipped.append((paths[row], f"{found[row][1]} × {found[row][0]} px: {reason}"))
+    coarse = len(maps.below(backbone.pool, np.flatnonzero(keep))[0]) if backbone.pool > 1 else 0
+    return Schedule(sizes, np.flatnonzero(keep), skipped, coarse)
+
+
+def _too_small(
+    rows: Rows,
+    least: int,
+    paths: Sequence[str],
+    found: Sequence[tuple[int, int, str]],
+    backbone: Backbone,
+    folder: Path,
+) -> ImageError:
+    shown = "\n".join(
+        f"    {paths[row]}: {found[row][1]} × {found[row][0]} px" for row in rows[:10].tolist()
+    )
+    return ImageError(
+        f"{len(rows):,} patches are too small for {backbone.name} at their own size:\n{shown}",
+        expected=f"sides of at least {least} px: of smaller patches its feature maps vanish",
+        where=str(folder),
+        fix=f"resize all patches (--resize {max(32, -(-least // 32) * 32)}), or leave these out with "
+        "--on-bad-image skip (they are listed)",
+    )
+
+
+class _Maps:
+    """Which patches have small feature maps, found with few trials.
+
+    A trial takes a tenth of a second, so that not every size gets one. A map's rows follow from the
+    patch's height alone, as its columns from the width, and a longer side never has fewer.
+
+    Args:
+        backbone: Whose maps are meant.
+        sizes: (P, 2) heights and widths in px that it sees.
+    """
+
+    def __init__(self, backbone: Backbone, sizes: NDArray[np.int64]) -> None:
+        self._backbone, self._sizes = backbone, sizes
+        self._shorter = sizes.min(axis=1)
+
+    def below(self, cells: int, among: Rows) -> tuple[Rows, int]:
+        """Those among these rows whose maps have fewer rows or columns, the smallest first.
+
+        Returns:
+            The rows, and the shortest side in px that suffices.
+        """
+        order = among[np.lexsort((self._sizes[among].max(axis=1), self._shorter[among]))]
+        if not len(order):
+            return order, 0
+        height, width = self._sizes[order[0]].tolist()
+        if self._fits(height, width, cells):
+            return order[:0], 0
+        low, high = self._shorter[order[[0, -1]]].tolist()
+        beyond = 64 * cells
+        while beyond <= high and not self._fits(beyond, beyond, cells):
+            beyond *= 2
+        sides = range(low + 1, beyond)
+        least = low + 1 + bisect_left(sides, True, key=lambda side: self._fits(side, side, cells))
+        small: Rows = order[self._shorter[order] < least]
+        return small, least
+
+    def _fits(self, height: int, width: int, cells: int) -> bool:
+        return min(self._backbone.map_size(height, width)) >= cells
 
 
 def affordable_pixels(native_pixels: int | str, free_bytes: int, compute_dtype: str) -> int:

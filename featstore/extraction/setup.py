@@ -33,7 +33,7 @@ def describe(
         config: The project's settings.
         backbone: The frozen network.
         device: Where it runs.
-        existing: Of the store that is to be extended; what is left to choose is chosen as there.
+        existing: Of the store that is to be extended; what is left to choose (``auto``) is chosen as there.
 
     Raises:
         ConfigError: The settings ask for a runtime that is not there.
@@ -47,7 +47,13 @@ def describe(
         stored_dtype=settings.dtype,
         runtime=forward.choose_runtime(settings.runtime, device, existing.runtime if existing else None),
     )
-    return spec.with_views(settings.views, settings.view_seed, VIEW_POLICY)
+    views, seed = (existing.views, existing.view_seed) if existing else (1, 0)
+    # The policy is never the store's: of another one no views can be made, and fingerprints must differ.
+    return spec.with_views(
+        views if settings.views == "auto" else settings.views,
+        seed if settings.view_seed == "auto" else settings.view_seed,
+        VIEW_POLICY,
+    )
 
 
 def make_embedder(

@@ -112,24 +112,32 @@ class _Plan:
 
 
 class MappedRows:
-    """Takes rows of cases out of mapped parts.
+    """Takes rows of cases out of mapped parts: of the column `features`, or single views of `views`.
 
     Args:
         dtype: The store's dtype of embeddings.
         dim: The store's number of features D.
+        views: Of the column `views`, whose rows are (V − 1, D), that V − 1; None for `features`.
     """
 
-    def __init__(self, dtype: str, dim: int) -> None:
-        self._dtype, self._dim = np.dtype(dtype), dim
-        self._row_bytes = self._dtype.itemsize * dim
+    def __init__(self, dtype: str, dim: int, views: int | None = None) -> None:
+        self._dtype, self._dim, self._views = np.dtype(dtype), dim, views
+        self._row = (dim,) if views is None else (views, dim)
+        self._taken_bytes = self._dtype.itemsize * dim
+        self._row_bytes = self._taken_bytes * (1 if views is None else views)
         self._plans: Recent[str, _Plan | None] = Recent(_CASES)
         self._maps: Recent[str, mmap.mmap] = Recent(_MAPS)
 
-    def __reduce__(self) -> tuple[type[MappedRows], tuple[str, int]]:
-        return MappedRows, (self._dtype.name, self._dim)
+    def __reduce__(self) -> tuple[type[MappedRows], tuple[str, int, int | None]]:
+        return MappedRows, (self._dtype.name, self._dim, self._views)
 
     def take(
-        self, folder: Path, case_id: str, layout: Callable[[], Layout], index: NDArray[np.int64]
+        self,
+        folder: Path,
+        case_id: str,
+        layout: Callable[[], Layout],
+        index: NDArray[np.int64],
+        view: NDArray[np.int64] | None = None,
     ) -> NDArray[Any] | None:
         """Some rows of a case.
 
@@ -138,6 +146,7 @@ class MappedRows:
             case_id: The case.
             layout: Gives the case's layout; called where it is not known any more.
             index: (n,) int64 positions in the bag, none negative, none beyond it.
+            view: (n,) int64 which of a row's V − 1 views is wanted, from 0; for `views` only.
 
         Returns:
             (n, D) array; None if a part holds its embeddings in some other way and must be read.
@@ -151,6 +160,8 @@ class MappedRows:
         run = np.searchsorted(plan.first, index, side="right") - 1
         chunk = plan.chunk_of[run]
         start = plan.start[run] + (index - plan.first[run]) * self._row_bytes
+        if view is not None:
+            start += view * self._taken_bytes
         try:
             for number in np.unique(plan.part_of[chunk[~plan.checked[chunk]]]).tolist():
                 self._check(plan, number, np.unique(chunk))
@@ -204,8 +215,12 @@ class MappedRows:
         return _Plan(parts, chunks, part_of, checked, first[order], start[order], chunk[order])
 
     def _column(self, reader: PartReader, group: Group) -> Column:
-        row = ((self._dim,), self._dtype)
-        return reader.column(group.stain, group.slice_id, "features", group.rows, row)
+        row = (self._row, self._dtype)
+        return reader.column(group.stain, group.slice_id, self._name, group.rows, row)
+
+    @property
+    def _name(self) -> str:
+        return "features" if self._views is None else "views"
 
     def _check(self, plan: _Plan, part: int, wanted: NDArray[np.int64]) -> None:
         """Hold the chunks that are wanted of a part against their checksums, if that has not been done."""
@@ -217,17 +232,17 @@ class MappedRows:
                 chunk = plan.chunks[number]
                 if column is None or chunk.group is not group:
                     group, column = chunk.group, self._column(reader, chunk.group)
-                rows = np.empty((chunk.rows, self._dim), self._dtype)
+                rows = np.empty((chunk.rows, *self._row), self._dtype)
                 column.read_chunk(chunk.number, rows)
                 found = mapped[chunk.offset : chunk.offset + rows.nbytes]
                 if not np.array_equal(found, rows.reshape(-1).view(np.uint8)):
-                    where = f"{chunk.group.stain}/{chunk.group.slice_id}/features"
+                    where = f"{chunk.group.stain}/{chunk.group.slice_id}/{self._name}"
                     raise damaged(path, f"{where} changes while it is being read")
                 plan.checked[number] = True
 
     def _rows(self, path: Path, size: int, start: NDArray[np.int64]) -> NDArray[Any]:
-        """The rows that start at these bytes of a part."""
-        mapped, length = self._map(path, size), self._row_bytes
+        """The D numbers that start at each of these bytes of a part."""
+        mapped, length = self._map(path, size), self._taken_bytes
         for at in start.tolist():
             # All at once, where the disk has to be asked: one after the other each would be waited for.
             page = at // _PAGE * _PAGE

@@ -14,7 +14,8 @@ from featstore.backbones import (
     register_backbone,
     registry,
 )
-from featstore.backbones.registry import assemble, pool_grid
+from featstore.backbones.registry import assemble
+from featstore.backbones.shapes import GridPooling
 from featstore.config import BackboneConfig
 from featstore.errors import BackboneError
 from featstore.images import Preprocessing
@@ -95,12 +96,62 @@ def test_pool_grid_where_cells_overlap(side, n):
     maps = images(side).double()
     edges = [(i * side // n, -(-(i + 1) * side // n)) for i in range(n)]
     cells = [maps[:, :, a:b, c:d].mean((2, 3)) for a, b in edges for c, d in edges]
-    torch.testing.assert_close(pool_grid(maps, n, "x"), torch.stack(cells, 2).flatten(1).float())
+    torch.testing.assert_close(GridPooling(n)(maps), torch.stack(cells, 2).flatten(1).float())
 
 
-def test_a_map_smaller_than_the_grid_is_an_error(tmp_path):
-    with pytest.raises(BackboneError, match="densenet121 gives a feature map of 2 × 2"):
-        build(tmp_path, name="densenet121", pool=3)
+@pytest.mark.parametrize("name", ["densenet121", "resnet50", "timm:test_resnet"])
+def test_a_map_smaller_than_the_grid_is_an_error(tmp_path, name):
+    with pytest.raises(BackboneError, match=f"{name} gives a feature map of 2 × 2") as caught:
+        build(tmp_path, name=name, pool=3)
+    assert "raise backbone.resize" in str(caught.value)
+
+
+class Shrunk(nn.Module):
+    """A map of 1 / step of the patch's sides, averaged over a grid."""
+
+    def __init__(self, pool, step, reads):
+        super().__init__()
+        self.step, self.reads, self.grid = step, reads, GridPooling(pool)
+
+    def forward(self, x):
+        if self.reads:
+            assert float(x.mean()) == 0  # a value, which no trial without data has
+        return self.grid(nn.functional.avg_pool2d(x, self.step))
+
+
+HALF = (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("reads", [False, True], ids=["without data", "run for real"])
+def test_the_map_is_seen_whichever_way_a_module_is_tried(reads):
+    def made(pool, resize, step=2):
+        module = Shrunk(pool, step, reads)
+        config = BackboneConfig(name="x", pool=pool)
+        return assemble(config, module, module, Preprocessing(resize, None, "box", HALF, HALF))
+
+    backbone = made(4, 8)
+    assert (backbone.dim, backbone.map_size(9, 31), backbone.map_size(1, 9)) == (48, (4, 15), (0, 0))
+    assert not backbone.module.grid._forward_pre_hooks
+    with pytest.raises(BackboneError, match="x gives a feature map of 4 × 4 at this size"):
+        made(5, 8)
+    # Patches at their own sizes are asked one by one: no usual size stands for them.
+    assert made(16, "native", 32).map_size(600, 700) == (18, 21)
+
+
+@pytest.mark.parametrize("name", ["densenet121", "resnet50", "timm:test_resnet"])
+@pytest.mark.parametrize(("height", "width"), [(32, 47), (65, 100), (129, 33)])
+def test_the_size_of_a_map_is_known_without_computing_it(tmp_path, name, height, width):
+    backbone = build(tmp_path, name=name, pool=16, resize="native")
+    seen = []
+    backbone.module.grid.register_forward_pre_hook(lambda part, inputs: seen.append(inputs[0].shape[-2:]))
+    with torch.no_grad():
+        backbone.module(torch.zeros(1, 3, height, width))
+    assert backbone.map_size(height, width) == tuple(seen[0])
+
+
+def test_a_model_that_pools_by_itself_has_one_cell(tmp_path):
+    backbone = build(tmp_path, name="timm:test_resnet", resize="native")
+    assert backbone.map_size(33, 500) == (1, 1)
 
 
 def test_frozen(densenet):
@@ -183,6 +234,5 @@ def test_one_registration_adds_a_backbone(tmp_path, monkeypatch):
 
 def test_features_that_are_no_vector_are_refused(tmp_path):
     identity = nn.Identity()
-    half = (0.5, 0.5, 0.5)
     with pytest.raises(BackboneError, match="shape"):
-        assemble(BackboneConfig(), identity, identity, Preprocessing(8, None, "box", half, half))
+        assemble(BackboneConfig(), identity, identity, Preprocessing(8, None, "box", HALF, HALF))

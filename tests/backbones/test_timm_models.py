@@ -60,6 +60,21 @@ def test_pool_2_of_tokens_drops_the_prefix_and_keeps_rows(tmp_path):
     torch.testing.assert_close(found[:, :, 0, 1], tokens[:, corner].mean(1))
 
 
+@pytest.mark.parametrize(("height", "width"), [(64, 256), (256, 64), (32, 160), (160, 160)])
+def test_tokens_of_a_patch_that_is_no_square_keep_their_places(height, width):
+    """64 tokens of 4 × 16 places are also the number of 8 × 8."""
+
+    class Model(torch.nn.Module):
+        num_features = 1
+
+        def forward_features(self, x):
+            return torch.nn.functional.avg_pool2d(x[:, :1], 16).flatten(2).transpose(1, 2)
+
+    x = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    want = torch.nn.functional.adaptive_avg_pool2d(x[:, :1], 2).flatten(1)
+    torch.testing.assert_close(timm_models.TimmFeatures(Model(), 2, "timm:x")(x), want)
+
+
 def test_pool_2_of_channels_last_maps(tmp_path):
     name = "swin_tiny_patch4_window7_224"
     backbone = build(tmp_path, name=f"timm:{name}", pool=2, resize=128)

@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
+from featstore.settings import Layers
 from featstore.store import Store
+from featstore.strict_yaml import read_file
+from heads.config import Config
 from tests import helpers
 
 Contents = dict[tuple[str, str, str, int], bytes]
@@ -44,6 +47,16 @@ def make_project(folder: Path, **cohort: Any) -> Path:
     }
     (folder / "featstore.yaml").write_text(json.dumps(sections))
     return folder
+
+
+def config_of(project: Path, **settings: Any) -> Config:
+    """A project's config; settings as ``section__key``."""
+    layers = Layers()
+    layers.add(Config, read_file(project / "featstore.yaml"), "featstore.yaml")
+    for path, value in settings.items():
+        section, _, key = path.partition("__")
+        layers.add(Config, {section: {key: value}}, "the test")
+    return layers.build(Config)
 
 
 class Zygote:

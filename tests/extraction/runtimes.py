@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,9 +20,13 @@ from featstore.backbones import Backbone, build_backbone
 from featstore.config import BackboneConfig
 from featstore.demo_tissue import tissue_pixels
 from featstore.errors import ConfigError, FeatstoreError
-from featstore.extraction import forward
+from featstore.extraction import ExtractionReport, extract, forward
 from featstore.extraction.forward import Embedder, choose_runtime, make_embedder
-from tests.extraction.conftest import TINY
+from featstore.store.verify import verify
+from tests.extraction.conftest import TINY, config_of, make_project
+from tests.extraction.test_native import SIZES, rewrite
+from tests.extraction.test_resume_ways import Held, held
+from tests.extraction.test_resume_ways import assert_close as assert_held_close
 
 CPU = torch.device("cpu")
 RUNTIMES = ("torch", "torch, folded", "openvino")
@@ -373,3 +380,95 @@ def test_importing_openvino_reports_to_nobody() -> None:
     reporter = sys.modules["openvino.tools.ovc.telemetry_utils"].tm  # type: ignore[attr-defined]
     assert reporter.__name__.endswith("telemetry_stub")
     assert "openvino_telemetry" not in sys.modules
+
+
+# Whole runs that end early; those that are killed are in test_resume_ways.py.
+
+PATCHES = 21
+RUN = {"extract__runtime": "openvino", "extract__dtype": "float32"}
+WAYS = {
+    "one size": RUN,
+    "views": RUN | {"extract__views": 3},
+    "native with views": RUN | {"backbone__resize": "native", "extract__views": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    project = make_project(
+        tmp_path_factory.mktemp("cohort"), cases=3, stains=("h&e",), slices=1, patches=PATCHES // 3, size=32
+    )
+    rewrite(project, SIZES)
+    return project
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> dict[str, object]:
+    return WAYS[request.param]
+
+
+def run_into(
+    project: Path, store: Path, way: dict[str, object], stop_at: int | None = None
+) -> ExtractionReport:
+    """An extraction, told to stop after so many batches."""
+    batches = []
+
+    def observe(progress: object) -> None:
+        batches.append(progress)
+        if len(batches) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return extract(config_of(project, **way, store__path=str(store)), project, observe)
+
+
+def whole_run(project: Path, store: Path, way: dict[str, object]) -> Held:
+    assert run_into(project, store, way).committed == PATCHES
+    return held(store)
+
+
+@needs_openvino
+def test_openvino_stopped_and_resumed_gives_the_same_bits(
+    cohort: Path, tmp_path: Path, way: dict[str, object]
+) -> None:
+    whole, store = whole_run(cohort, tmp_path / "whole", way), tmp_path / "store"
+    stopped = run_into(cohort, store, way, stop_at=2)
+    assert stopped.interrupted == signal.SIGTERM
+    assert 0 < stopped.committed < PATCHES
+    assert len(held(store)[0]) == stopped.committed
+    assert run_into(cohort, store, way).committed == PATCHES - stopped.committed
+    assert held(store) == whole
+    assert verify(store, "full").damage == []
+
+
+@needs_openvino
+@pytest.mark.parametrize("at", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5))])
+def test_a_run_in_which_memory_runs_out_once_loses_nothing_with_openvino(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: dict[str, object], at: int
+) -> None:
+    from featstore.extraction.openvino_model import Graph
+
+    whole, store = whole_run(cohort, tmp_path / "whole", way), tmp_path / "store"
+    infer, requests, lock = Graph.infer, [0], threading.Lock()
+
+    def hungry(self: Graph, pixels: np.ndarray) -> np.ndarray:
+        if threading.current_thread().name.startswith("featstore-openvino"):
+            with lock:
+                requests[0] += 1
+                if requests[0] == at:
+                    raise RuntimeError("Exception from src/inference: can't allocate memory")
+        return infer(self, pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Graph, "infer", hungry)
+        if "backbone__resize" in way:  # a request is of one image: there is nothing to halve
+            with pytest.raises(FeatstoreError, match="too little memory for one patch of"):
+                run_into(cohort, store, way)
+        else:
+            report = run_into(cohort, store, way)
+            assert (report.committed, report.settings["batch_size_halved"]) == (PATCHES, 1)
+            assert_held_close(held(store), whole)
+            return
+    some = held(store)
+    assert all(part.items() <= all_.items() for part, all_ in zip(some, whole, strict=True))
+    assert run_into(cohort, store, way).committed == PATCHES - len(some[0])
+    assert held(store) == whole

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from featstore.backbones import Backbone, build_backbone, normalize
-from featstore.config import BackboneConfig
+from featstore.config import BackboneConfig, ImagesConfig
 from featstore.errors import BackboneError, FingerprintMismatch, ImageError
 from featstore.extraction.committer import Committer
 from featstore.extraction.forward import make_embedder
-from featstore.extraction.schedule import affordable_pixels
+from featstore.extraction.schedule import Schedule, affordable_pixels, plan_schedule
 from featstore.images import Preprocessing, decode
 from featstore.store import Store
 from tests import helpers
@@ -193,6 +193,61 @@ def test_the_largest_patch_follows_from_the_memory_unless_it_is_set() -> None:
     gigabyte = affordable_pixels("auto", 1 << 30, "bfloat16")
     assert gigabyte // 2 == affordable_pixels("auto", 1 << 30, "float32")
     assert 1_000**2 < gigabyte < 2_000**2
+
+
+# Feature maps
+
+
+def planned(project: Path, on_bad: str = "stop", **backbone: object) -> Schedule:
+    """The schedule of a project's patches; the tiny network's map has a row for each 32 px begun."""
+    made = build_backbone(BackboneConfig(**{**TINY, "resize": "native", **backbone}), project)
+    names = sorted(file.name for file in (project / "patches").iterdir())
+    images = ImagesConfig.model_validate({"on_bad_image": on_bad})
+    return plan_schedule(names, project / "patches", made, images, 10**9)
+
+
+@pytest.mark.parametrize(("pool", "coarse"), [(1, 0), (2, 1), (3, 3), (4, 4), (5, 5)])
+def test_maps_smaller_than_the_grid_are_counted(tmp_path: Path, pool: int, coarse: int) -> None:
+    project = make_native(
+        tmp_path, [(200, 300), (96, 97), (40, 300), (32, 47), (64, 64), (97, 97)], cases=1
+    )
+    schedule = planned(project, pool=pool)
+    assert schedule.rows.tolist() == [0, 1, 2, 3, 4, 5]
+    assert (schedule.coarse, schedule.skipped) == (coarse, [])
+
+
+def test_of_a_map_smaller_than_the_grid_cells_share_rows(tmp_path: Path) -> None:
+    """As PyTorch's adaptive pooling has it: one value four times for a map of one pixel."""
+    project = make_native(tmp_path, [(32, 32), (64, 96)], cases=1)
+    report = run(project, **NATIVE, backbone__pool=2)
+    small, large = Store.open(project / "store").bag("1").features.reshape(2, -1, 4)
+    assert (small == small[:, :1]).all()
+    assert not (large == large[:, :1]).all()
+    assert report.to_json()["maps_smaller_than_pool"] == 1
+    assert "1 patches have a feature map of fewer rows" in report.to_text()
+
+
+def test_patches_in_which_maps_vanish_are_refused_or_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Backbone.map_size
+
+    def vanish(self: Backbone, height: int, width: int) -> tuple[int, int]:
+        return real(self, height, width) if min(height, width) > 70 else (0, 0)
+
+    monkeypatch.setattr(Backbone, "map_size", vanish)
+    project = make_native(tmp_path, [(70, 300), (71, 71), (31, 90)], cases=1)
+    with pytest.raises(ImageError, match="1 patches are too small for timm:test_resnet") as error:
+        planned(project)
+    assert "patch1.png: 300 × 70 px" in str(error.value)
+    assert "at least 71 px" in error.value.expected
+    assert "--resize 96" in error.value.fix
+    schedule = planned(project, "skip")
+    assert schedule.rows.tolist() == [1]
+    assert [reason for _, reason in schedule.skipped] == [
+        "90 × 31 px: a side is below 32 px",
+        "300 × 70 px: a side is below 71 px, too small for timm:test_resnet",
+    ]
 
 
 def test_a_patch_that_changes_its_size_after_the_look_is_a_bad_image(

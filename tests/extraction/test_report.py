@@ -21,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featstore.errors import ConfigError, ImageError
-from featstore.extraction import ExtractionReport, Plan, Progress, utilisation
+from featstore.extraction import ExtractionReport, Plan, Progress, report_files, utilisation
+from featstore.extraction.merged_report import MergedReport, running_seconds
 from featstore.extraction.plan import not_in_store
 from featstore.extraction.report_files import merge_reports, save_report, withdraw_report
 from featstore.extraction.shards import Shard
@@ -65,12 +66,16 @@ def report(share: int = 0, count: int = 1, done: int = 10, **fields: Any) -> Ext
         interrupted=None,
         shard=Shard(share, count),
         fingerprint="f",
-        provenance={"run": f"run{share}", "machine": "m"},
+        provenance={"run": run_name(share, fields.get("started", NOON)), "machine": "m"},
         not_in_store={},
         started=NOON,
         finished=NOON + timedelta(seconds=10),
     )
     return replace(whole, **fields)
+
+
+def run_name(share: int, started: datetime) -> str:
+    return f"{started:%Y%m%dT%H%M%SZ}_{share:08x}"
 
 
 def with_skipped(found: ExtractionReport, *paths: str) -> ExtractionReport:
@@ -90,7 +95,7 @@ def test_a_report_says_where_the_time_went() -> None:
     body = report().to_json()
     times = {name: body[f"seconds_{name}"] for name in ("reading", "decoding", "forward", "writing")}
     assert times == {"reading": 0.5, "decoding": 20.0, "forward": 5.0, "writing": 2.5}
-    assert body["provenance"] == {"run": "run0", "machine": "m"}
+    assert body["provenance"] == {"run": run_name(0, NOON), "machine": "m"}
 
 
 @pytest.mark.parametrize(
@@ -138,14 +143,55 @@ def test_the_last_share_to_end_reports_for_all(tmp_path: Path) -> None:
     assert merged.is_complete
     body = merged.to_json()
     assert body == json.loads((tmp_path / "report_all_of_3.json").read_text())
-    assert (body["committed"], body["seconds_elapsed"], body["patches_per_second"]) == (60, 100.0, 0.6)
+    # From 0 s to 15 s and from 90 s to 100 s.
+    assert (body["committed"], body["seconds_elapsed"], body["patches_per_second"]) == (60, 25.0, 2.4)
+    assert (body["started"], body["finished"]) == (
+        "2030-01-01T12:00:00.000+00:00",
+        at(100).isoformat("T", "milliseconds"),
+    )
     assert (body["seconds_forward"], body["seconds_of_all_shares"]) == (15.0, 30.0)
     assert (body["converted"], body["device_utilisation"]) == ({"palette": 6}, 0.5)
     assert [item["path"] for item in body["skipped"]] == ["b.png", "a.png", "c.png"]
-    assert body["runs"]["2"]["provenance"]["run"] == "run2"
+    assert body["runs"]["2"]["provenance"]["run"] == run_name(2, at(90))
     text = replace(last, merged=merged).to_text()
-    assert "3 of 3 shares have reported: 60 patches embedded and committed in 100.0 s" in text
+    assert "3 of 3 shares have reported: 60 patches embedded and committed in 25.0 s (2 patches/s" in text
+    assert "from 2030-01-01 12:00:00 to 2030-01-01 12:01:40 UTC; for 75.0 s of that time no share" in text
     assert "every patch of the folder is in the store" in text
+    assert "share 2/3 done\n" in text
+
+
+INTERVALS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 15)), min_size=1, max_size=8)
+
+
+@given(INTERVALS, st.randoms())
+def test_time_counts_once_while_any_run_is_under_way(lengths: list[tuple[int, int]], random: Any) -> None:
+    intervals = [(at(start), at(start + length)) for start, length in lengths]
+    found = running_seconds(intervals)
+    assert found == len({second for start, length in lengths for second in range(start, start + length)})
+    assert max(end - start for start, end in intervals).total_seconds() <= found
+    assert found <= (max(end for _, end in intervals) - min(intervals)[0]).total_seconds()
+    random.shuffle(intervals)
+    assert running_seconds(intervals) == found
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(-5, 15)), min_size=1, max_size=5))
+def test_a_clock_that_was_set_back_takes_no_time_away(lengths: list[tuple[int, int]]) -> None:
+    intervals = [(at(start), at(start + length)) for start, length in lengths]
+    forwards = [(start, end) for start, end in intervals if start <= end]
+    assert running_seconds(intervals) == running_seconds(forwards)
+    reports = {i: report(i, 9, started=a, finished=b).to_json() for i, (a, b) in enumerate(intervals)}
+    merged = MergedReport(9, reports, [])
+    assert merged.span is not None
+    assert merged.elapsed <= (merged.span[1] - merged.span[0]).total_seconds()
+    assert "9 shares have reported" in merged.to_text()
+
+
+def test_shares_without_a_pause_need_no_dates(tmp_path: Path) -> None:
+    save_report(report(0, 2), tmp_path)
+    merged = save_report(report(1, 2, started=at(11), finished=at(22)), tmp_path)
+    assert merged is not None
+    assert merged.elapsed == 21
+    assert "UTC" not in merged.to_text()
 
 
 def test_a_share_that_runs_again_has_no_report_until_it_ends(tmp_path: Path) -> None:
@@ -180,6 +226,68 @@ def test_what_a_later_share_finds_missing_counts_and_what_an_earlier_one_saw_doe
     assert "6 patches are not in the store (6 of share 0); run these shares again" in merged.to_text()
 
 
+@pytest.mark.parametrize(
+    ("lacking", "left", "says"),
+    [
+        ({0: 1}, {}, "every patch of the folder is in the store but for the 1 file that was skipped"),
+        (
+            {0: 1, 1: 2},
+            {},
+            "every patch of the folder is in the store but for the 3 files that were skipped",
+        ),
+        ({1: 1}, {}, "every patch of the folder is in the store but for the 1 file that was skipped"),
+        ({}, {}, "every patch of the folder is in the store\n"),  # they replaced files that it has
+        ({0: 5, 1: 2}, {0: 4}, "4 patches are not in the store (4 of share 0), besides 3 files that were"),
+        ({2: 2}, {2: 2}, "2 patches are not in the store (2 of share 2); run these shares again"),
+    ],
+)
+def test_skipped_files_are_not_told_to_be_run_again(
+    tmp_path: Path, lacking: dict[int, int], left: dict[int, int], says: str
+) -> None:
+    save_report(with_skipped(report(0, 3), "a.png"), tmp_path)
+    save_report(with_skipped(report(1, 3), "b.png", "c.png"), tmp_path)
+    last = report(2, 3, not_in_store=lacking)
+    merged = save_report(last, tmp_path)
+    assert merged is not None
+    assert says in merged.to_text() + "\n"
+    assert "3 files skipped, listed in" in merged.to_text()
+    assert "share 2/3 done\n" in replace(last, merged=merged).to_text()
+    body = merged.to_json()
+    assert (body["not_in_store"], body["left_to_do"]) == (sum(lacking.values()), sum(left.values()))
+    for name, expected in (("not_in_store", lacking), ("left_to_do", left)):
+        assert body[f"{name}_by_share"] == {str(share): n for share, n in expected.items()}
+
+
+COUNTS = st.dictionaries(st.integers(0, 3), st.integers(0, 4), max_size=4)
+
+
+@given(COUNTS, COUNTS)
+def test_what_is_left_and_what_is_skipped_are_what_is_missing(
+    lacking: dict[int, int], skipped: dict[int, int]
+) -> None:
+    reports = {
+        share: with_skipped(
+            report(share, 4, not_in_store=lacking),
+            *(f"{share}_{i}.png" for i in range(skipped.get(share, 0))),
+        ).to_json()
+        for share in range(3)  # the last one has not ended
+    }
+    merged = MergedReport(4, reports, [])
+    assert merged.not_in_store == {share: n for share, n in lacking.items() if n}
+    for share, number in lacking.items():
+        known = skipped.get(share, 0) if share < 3 else 0
+        assert merged.left_to_do.get(share, 0) == max(0, number - known)
+    assert set(merged.left_to_do) <= set(merged.not_in_store)
+
+
+def test_who_looked_before_a_share_had_ended_does_not_know_what_it_left_out(tmp_path: Path) -> None:
+    # Share 0 looked from 10 s to 30 s, and share 1 committed its last patches at 20 s.
+    save_report(report(0, 2, not_in_store={1: 5}, finished=at(30)), tmp_path)
+    merged = save_report(report(1, 2, started=at(12), finished=at(25)), tmp_path)
+    assert merged is not None
+    assert merged.not_in_store == {}
+
+
 def change(**fields: Any) -> Callable[[bytes], bytes]:
     return lambda data: json.dumps(json.loads(data) | fields).encode()
 
@@ -197,12 +305,15 @@ def change(**fields: Any) -> Callable[[bytes], bytes]:
         (change(seconds="long"), "other things"),
         (change(committed=-1), "other things"),
         (change(seconds=float("nan")), "other things"),
+        (change(seconds=10**14), "other things"),
         (change(seconds_forward=10**400), "other things"),
         (change(interrupted=0), "other things"),
         (change(skipped=[{"path": 1, "reason": ""}]), "other things"),
         (change(skipped=[{"path": ""}]), "reason"),
         (change(started="yesterday"), "Invalid isoformat"),
         (change(started="2030-01-01T00:00:00"), "other things"),
+        (change(started="0001-01-01T00:00:00+14:00"), "other things"),
+        (change(provenance={"run": 1}), "other things"),
         (change(converted=[1]), "items|values"),
         (change(fingerprint="another"), "another make"),
     ],
@@ -237,6 +348,16 @@ def test_other_files_and_other_arrays_are_no_reports_of_this_one(tmp_path: Path)
     assert merge_reports(tmp_path, 2).troubles == [("report_5_of_2.json", "it is the report of share 5/2")]
 
 
+def test_only_the_last_share_to_end_reads_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(report_files, "merge_reports", lambda *arguments: pytest.fail("reports were read"))
+        for share in (2, 0):
+            assert save_report(report(share, 3), tmp_path) is None
+    assert save_report(report(1, 3), tmp_path) is not None
+
+
 @given(st.permutations(range(4)), st.lists(st.integers(0, 5), min_size=4, max_size=4))
 def test_the_order_of_ends_changes_no_sum(order: list[int], done: list[int]) -> None:
     with TemporaryDirectory() as folder:
@@ -252,11 +373,16 @@ def test_a_folder_whose_name_is_no_unicode_can_be_reported(tmp_path: Path) -> No
     assert merge_reports(tmp_path).to_json()["runs"]["0"]["provenance"] == provenance
 
 
-def run(project: Path, **settings: Any) -> ExtractionReport:
+def run(
+    project: Path,
+    observe: Callable[[Progress], None] = lambda progress: None,
+    images: dict[str, Any] | None = None,
+    **settings: Any,
+) -> ExtractionReport:
     layers = Layers()
     layers.add(Config, read_file(project / "featstore.yaml"), "featstore.yaml")
-    layers.add(Config, {"extract": settings}, "the test")
-    return extract_project(layers.build(Config), project)
+    layers.add(Config, {"extract": settings, "images": images or {}}, "the test")
+    return extract_project(layers.build(Config), project, observe=observe)
 
 
 def test_the_parts_name_the_run_whose_report_is_kept(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featstore.errors import FeatstoreError
+from featstore.extraction import committer as committing
 from featstore.extraction import schedule
 from featstore.extraction.committer import Batch, Committer
 from featstore.extraction.loading import Loaded
@@ -216,7 +217,13 @@ def test_a_stop_in_the_middle_keeps_what_waits(tmp_path: Path) -> None:
     assert len(contents(tmp_path / "store")) == ROWS
 
 
-def test_what_waits_is_released_in_time(in_order: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The committer's own thread leaves alone what a test hands over."""
+    monkeypatch.setattr(committing, "_IDLE_SECONDS", 60.0)
+
+
+def test_what_waits_is_released_in_time(in_order: Path, tmp_path: Path, patient: None) -> None:
     writer = StoreWriter(tmp_path / "store", SPEC, {})
     committer = Committer(writer, PENDING, 1 << 20, 0.0, views=VIEWS)
     for done, rows in ((2, [6, 7]), (4, [20, 21])):
@@ -229,7 +236,7 @@ def test_what_waits_is_released_in_time(in_order: Path, tmp_path: Path) -> None:
     assert held(tmp_path / "store") == held(in_order)
 
 
-def test_what_was_released_is_not_waited_for_again(tmp_path: Path) -> None:
+def test_what_was_released_is_not_waited_for_again(tmp_path: Path, patient: None) -> None:
     writer = StoreWriter(tmp_path / "store", SPEC, {})
     committer = Committer(writer, PENDING, 1 << 20, 0.0, views=VIEWS)
     committer._add(batch([1, 2]))

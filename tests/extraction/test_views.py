@@ -180,6 +180,36 @@ def test_a_store_keeps_its_number_and_seed_of_views(
     assert run(project, **VIEWS).committed == 0
 
 
+@pytest.mark.parametrize("said", [{}, VIEWS], ids=["nothing said", "the number said"])
+def test_a_later_run_makes_the_views_that_the_store_has(project: Path, said: dict[str, int]) -> None:
+    run(project, **VIEWS, extract__view_seed=5)
+    whole = held_views(project / "store")
+    shutil.copytree(project / "patches", project / "all")
+    for patch in (2, 5):
+        patch_file(project, "1", "match_1", "h&e", patch).unlink()
+    run(project, **VIEWS, extract__view_seed=5, store__path="later")
+    assert len(held_views(project / "later")) == len(whole) - 2
+    report = run(project, **said, patches__folder="all", store__path="later")
+    assert report.committed == 2
+    assert held_views(project / "later") == whole
+
+
+def test_a_new_store_has_no_views_unless_they_are_asked_for(project: Path) -> None:
+    run(project, extract__view_seed=5)
+    assert Store.open(project / "store").spec.views == 1
+    with pytest.raises(FingerprintMismatch, match="views: 3 here, 1 there"):
+        run(project, **VIEWS)
+    assert run(project).committed == 0
+
+
+def test_views_of_another_kind_are_not_added_to(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featstore.extraction.setup.VIEW_POLICY", "of long ago")
+    run(project, **VIEWS)
+    monkeypatch.undo()
+    with pytest.raises(FingerprintMismatch, match="here, of long ago there"):
+        run(project)
+
+
 @pytest.mark.parametrize("file_format", ["hdf5", "zarr"])
 def test_a_file_that_moved_keeps_its_views(project: Path, file_format: str) -> None:
     settings = {**VIEWS, "store__format": file_format}

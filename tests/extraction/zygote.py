@@ -147,6 +147,8 @@ def _run(job: dict[str, Any]) -> None:
         layers.add(Config, read_file(project / "featstore.yaml"), "featstore.yaml")
         for section, values in job.get("settings", {}).items():
             layers.add(Config, {section: values}, "the test")
+        _let_decoding_kill(job)
+        _let_memory_run_out(job)
         if "kill_at" in job:
             files.os = steps = killing_steps(job["kill_at"], job["after"])  # type: ignore[assignment]
         if "error" in job:
@@ -164,6 +166,47 @@ def _run(job: dict[str, Any]) -> None:
         answer["steps"] = steps.done
     Path(job["answer"]).write_text(json.dumps(answer))
     os._exit(code)
+
+
+def _let_decoding_kill(job: dict[str, Any]) -> None:
+    """Let the decoder take the whole process with it at the file ``dies_of``, as broken C code does."""
+    if "dies_of" not in job:
+        return
+    import ctypes
+    import resource
+
+    from featstore.extraction import loading
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    real = loading.decode
+
+    def decode(data: bytes, name: str, *arguments: Any) -> Any:
+        if name == job["dies_of"]:
+            if job["signal"] == "SIGSEGV":
+                ctypes.string_at(0)
+            os.kill(os.getpid(), getattr(signal, job["signal"]))
+        return real(data, name, *arguments)
+
+    loading.decode = decode
+
+
+def _let_memory_run_out(job: dict[str, Any]) -> None:
+    """Let the forward pass of this number, from 1, fail for want of memory, in the words of ``words``."""
+    if job.get("no_memory_at") is None:
+        return
+    import torch
+
+    from featstore.extraction.pytorch import TorchEmbedder
+
+    real, passes = TorchEmbedder._forward, [0]
+
+    def forward(self: TorchEmbedder, pixels: Any) -> Any:
+        passes[0] += 1
+        if passes[0] == job["no_memory_at"]:
+            raise (RuntimeError if "allocate" in job["words"] else torch.OutOfMemoryError)(job["words"])
+        return real(self, pixels)
+
+    TorchEmbedder._forward = forward  # type: ignore[method-assign]
 
 
 def _observe(job: dict[str, Any]) -> Any:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from featstore.errors import FingerprintMismatch
+from featstore.errors import FingerprintMismatch, StoreDamaged, StoreError
 from featstore.resident import CaseBags
 from featstore.sampling import cap_slices, sub_cases
-from featstore.store import Store, StoreWriter
+from featstore.store import Store, StoreWriter, hdf5, zarr_zip
+from featstore.store.reading import read_features
 from heads.cohort import describe, load_bags
 from heads.evaluation.predict import predict
 from heads.training.data import TrainingBags
@@ -34,7 +38,9 @@ from tests.heads.planted import (
     same_bits,
     trained,
 )
-from tests.store.builders import make_spec
+from tests.store.builders import make_slice, make_spec
+from tests.store.damage import flip, part_of
+from tests.store.test_views_column import COUNT, FORMATS, SPEC, views_bytes, with_views
 
 VIEWS = 3
 STEP = 100.0  # between a patch's views: far more than between patches
@@ -109,14 +115,20 @@ def asked(bags: CaseBags, kind: str) -> list:
 
 
 KINDS = pytest.mark.parametrize("kind", ["whole", "capped", "sub-cases", "one"])
+MEMORY = pytest.mark.parametrize("memory", ["all", "plain ones", "none"])
+
+
+def room(store: Store, memory: str, cases: Sequence[str]) -> int:
+    """Bytes in which all views of some cases are kept, or the plain ones alone, or none."""
+    size = sum(len(store.outline(case)) for case in cases) * store.spec.dim * 2
+    every = size * store.spec.views
+    return {"all": every, "plain ones": every - 1, "none": size - 1}[memory]
 
 
 @KINDS
-@pytest.mark.parametrize("memory", ["all", "plain ones", "none"])
+@MEMORY
 def test_a_batch_holds_the_views_that_were_drawn(store: Store, kind: str, memory: str) -> None:
-    size = sum(len(store.outline(case)) for case in CASES) * DIM * 2
-    room = {"all": VIEWS * size, "plain ones": VIEWS * size - 1, "none": size - 1}[memory]
-    bags = CaseBags(store, LABELS, room, views=True)
+    bags = CaseBags(store, LABELS, room(store, memory, CASES), views=True)
     assert (bags.resident is not None, bags._views is not None) == (memory != "none", memory == "all")
     wanted = asked(bags, kind)
     batch = bags.batch(wanted)
@@ -126,6 +138,136 @@ def test_a_batch_holds_the_views_that_were_drawn(store: Store, kind: str, memory
     want = (plain + (view[:, None] * STEP).astype(np.float16)).astype(np.float16)
     assert np.array_equal(batch.features.numpy(), want)
     assert seen_views(batch.features) == view.tolist()
+
+
+def tangled(path: Path, file_format: str) -> Store:
+    """Two cases, one with slices in several parts, of which rows are superseded."""
+    writer = StoreWriter(path, SPEC, {}, file_format)
+    for version, patches in enumerate(([1, 4, 9], [2, 4], [3, 20])):
+        made = [with_views(make_slice("1", s, "match_1", patches, version)) for s in ("a", "b")]
+        writer.commit("1", made)
+    writer.commit("2", [with_views(make_slice("2", "a", "match_1", list(range(40))))])
+    return Store.open(path)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in (hdf5, zarr_zip):
+        monkeypatch.setattr(backend, "_CHUNK_BYTES", 200)  # four rows of views
+
+
+@FORMATS
+@pytest.mark.parametrize("way", ["mapped", "read"])
+@pytest.mark.usefixtures("small_chunks")
+def test_views_are_found_wherever_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format: str, way: str
+) -> None:
+    store = tangled(tmp_path / "store", file_format)
+    assert len(store.layout("1").pieces) == 6
+    if way == "read":
+        for backend in (hdf5, zarr_zip):
+            monkeypatch.setattr(backend.Column, "chunks", lambda self: None)
+    bags = CaseBags(store, memory=0, views=True)
+    rng = np.random.default_rng(0)
+    for case, outline in bags.outlines.items():
+        every = np.concatenate((store.features(case)[:, None], store.views(case)), axis=1)
+        for _ in range(5):
+            view = rng.integers(COUNT, size=len(outline))
+            found = bags.batch([replace(outline, view=view)]).features.numpy()
+            assert np.array_equal(found, every[np.arange(len(view)), view])
+
+
+def test_only_the_views_that_were_drawn_are_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    bags = CaseBags(store, LABELS, 0, views=True)
+    # A case whose views are all plain is read as one without views.
+    kinds = [[bag for bag in asked(bags, kind) if bag.view.any()] for kind in ("whole", "capped", "one")]
+    want = [bags.batch(wanted).features for wanted in kinds]
+
+    def never(*args: object, **options: object) -> None:
+        raise AssertionError("a case was read")
+
+    for place in ("featstore.store.store.read_features", "featstore.resident.read_features"):
+        monkeypatch.setattr(place, never)
+    monkeypatch.setattr("featstore.store.mapped.open_part", never)  # nor is any chunk checked twice
+    found = [bags.batch(wanted).features for wanted in kinds]
+    assert all(map(torch.equal, found, want))
+
+
+@MEMORY
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_view_that_is_not_finite_is_refused_by_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float, memory: str
+) -> None:
+    monkeypatch.setattr("featstore.resident._BLOCK", 4)
+    writer = StoreWriter(tmp_path / "store", make_spec(dim=DIM).with_views(VIEWS, 0, "test"), {})
+    for case in ("8", "9"):
+        made = planted_slice(case, "h&e", "match_1", np.ones((9, DIM), np.float16))
+        views = np.ones((9, VIEWS - 1, DIM), np.float16)
+        if case == "9":
+            views[7:, 1, 5] = value
+        writer.commit(case, [replace(made, columns={**made.columns, "views": views})])
+    store = Store.open(writer.path)
+    with pytest.raises(StoreError) as error:
+        CaseBags(store, {"8": 0, "9": 1}, room(store, memory, ["8", "9"]), views=True)
+    assert f"augmented view 2 of {store.table('9').iloc[7]['path']} is not finite" in str(error.value)
+    assert "case 9, h&e, match_1" in error.value.where
+    assert "exclude: [9]" in error.value.fix
+    for labels, views in (({"8": 0}, True), ({"9": 1}, False)):  # of the other nobody asks for views
+        assert CaseBags(store, labels, room(store, memory, list(labels)), views=views).outlines
+
+
+@FORMATS
+@MEMORY
+@pytest.mark.usefixtures("small_chunks")
+def test_a_flipped_bit_in_views_is_never_in_a_batch(tmp_path: Path, file_format: str, memory: str) -> None:
+    store = tangled(tmp_path / "store", file_format)
+    file = part_of(store.path, "2")
+    flip(file, views_bytes(file))
+    with pytest.raises(StoreDamaged):
+        CaseBags(store, {"2": 0}, room(store, memory, ["2"]), views=True)
+    bags = CaseBags(store, {"2": 0}, room(store, memory, ["2"]))
+    outline = bags.outlines["2"]
+    with pytest.raises(StoreDamaged):
+        bags.batch([replace(outline, view=np.ones(len(outline), np.int64))])
+    # Other chunks are whole.
+    view = np.where(np.arange(len(outline)) < 20, 0, 2)
+    found = bags.batch([replace(outline, view=view)]).features.numpy()
+    assert np.array_equal(found[20:], (store.features("2")[20:] / np.float16(3)))
+
+
+@MEMORY
+@pytest.mark.parametrize("number", [-1, VIEWS])
+def test_a_view_that_there_is_not_is_refused(store: Store, memory: str, number: int) -> None:
+    bags = CaseBags(store, LABELS, room(store, memory, CASES), views=True)
+    outline = bags.outlines["5"]
+    with pytest.raises(IndexError, match=f"of {VIEWS}"):
+        bags.batch([replace(outline, view=np.full(len(outline), number))])
+
+
+def test_bags_that_were_pickled_take_the_same_views(store: Store) -> None:
+    bags = CaseBags(store, LABELS, 0, views=True)
+    there = pickle.loads(pickle.dumps(bags))
+    assert torch.equal(
+        there.batch(asked(bags, "whole")).features, bags.batch(asked(bags, "whole")).features
+    )
+
+
+def test_views_are_loaded_straight_into_their_place(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing as large as all of them is made but the one tensor that is kept."""
+    places: list[int] = []
+    real = read_features
+
+    def reading(*args: Any) -> Any:
+        places.append(args[4].ctypes.data)
+        return real(*args)
+
+    monkeypatch.setattr("featstore.resident.read_features", reading)
+    bags = CaseBags(store, LABELS, 10**9, views=True)
+    assert bags._views is not None
+    row = (VIEWS - 1) * DIM * 2
+    sizes = [len(bag) * row for bag in bags.outlines.values()]
+    starts = np.cumsum([0, *sizes[:-1]]) + bags._views.data_ptr()
+    assert places == starts.tolist()
 
 
 def test_what_is_resident_is_never_written_to(bags: CaseBags) -> None:
