@@ -30,6 +30,8 @@ _READERS = 8
 _SECONDS = 0.2
 # Pixels that may be decoded ahead of the forward pass, besides the patches of the next batches.
 _PIXELS_AHEAD = 1 << 25
+# Of small patches these would be thousands, which helps nobody.
+_PATCHES_AHEAD = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,8 @@ def run_pass(
         try:
             raw = _ahead(readers, read_job, order, lambda at: 1, 2 * work.workers + _READERS)
             most = ahead * int(pixels[order].min()) + _PIXELS_AHEAD if order else 1
-            decoded = _ahead(decoders, decode_job, raw, lambda at: int(pixels[order[at]]), most)
+            least = most // max(ahead, _PATCHES_AHEAD)
+            decoded = _ahead(decoders, decode_job, raw, lambda at: max(least, int(pixels[order[at]])), most)
             for rows in batches:
                 if stopped():
                     break
