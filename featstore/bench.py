@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from featstore.backbones import Backbone, build_backbone
+from featstore.bench_result import Alternative, ExtractBench
 from featstore.cohort import Scan, scan
 from featstore.config import FeatstoreConfig
+from featstore.errors import FeatstoreError, ImageError, first_line
 from featstore.extraction import forward
 from featstore.extraction.committer import Committer
 from featstore.extraction.forward import Embedder
@@ -30,92 +32,6 @@ from featstore.images import decoder_name
 from featstore.process import keep_freed_memory, usable_cores
 from featstore.spec import EmbeddingSpec
 from featstore.store import StoreWriter
-
-# What a setting must gain before it is worth telling: less is noise.
-_WORTH_TELLING = 1.05
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """Another setting, held against the present one.
-
-    Attributes:
-        setting: As it stands in `featstore.yaml`.
-        times_as_fast: Of decoding alone or of the backbone alone, whichever it concerns: median of rounds.
-        what: ``decoding`` or ``backbone``.
-        note: What else it changes; may be empty.
-    """
-
-    setting: str
-    times_as_fast: float
-    what: str
-    note: str
-
-    @property
-    def is_better(self) -> bool:
-        """Whether it gains more than noise does."""
-        return self.times_as_fast >= _WORTH_TELLING
-
-
-@dataclass(frozen=True)
-class ExtractBench:
-    """Rates in patches per second: medians over rounds in which all three are measured in turn.
-
-    Attributes:
-        decode_rate: Reading, decoding and resizing alone, on all cores.
-        model_rate: Forward passes alone, pixels already in memory.
-        pipeline_rate: The whole extraction into a temporary store.
-        limit: Where decoding and backbone share the cores, 1 / (1/model + 1/decode);
-            beside a GPU, the slower of the two.
-        fraction_of_limit: Median of pipeline_rate / limit, round by round.
-        rounds: How many rounds.
-        patches: Patches a round.
-        settings: Device, runtime, precision, batch size, decoding threads, PyTorch's threads.
-        alternatives: Other settings that were tried.
-        untried: What might help and could not be tried here.
-    """
-
-    decode_rate: float
-    model_rate: float
-    pipeline_rate: float
-    limit: float
-    fraction_of_limit: float
-    rounds: int
-    patches: int
-    settings: dict[str, Any]
-    alternatives: tuple[Alternative, ...] = ()
-    untried: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON types."""
-        found = {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(self).items()}
-        better = [alternative.setting for alternative in self.alternatives if alternative.is_better]
-        return {**found, "better_settings": better}
-
-    def to_text(self) -> str:
-        """A few lines for a person."""
-        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
-        return (
-            f"{self.patches:,} patches, {self.rounds} rounds ({settings})\n"
-            f"  decoding alone   {self.decode_rate:>9,.1f} patches/s\n"
-            f"  backbone alone   {self.model_rate:>9,.1f} patches/s\n"
-            f"  limit of both    {self.limit:>9,.1f} patches/s\n"
-            f"  extraction       {self.pipeline_rate:>9,.1f} patches/s, "
-            f"{self.fraction_of_limit:.2f} of the limit" + "".join(f"\n{line}" for line in self._advice())
-        )
-
-    def _advice(self) -> list[str]:
-        tried = sorted(self.alternatives, key=lambda other: -other.times_as_fast)
-        lines = [
-            f"better: {other.setting} ({other.what} {other.times_as_fast:.2f} × as fast"
-            + (f"; {other.note})" if other.note else ")")
-            for other in tried
-            if other.is_better
-        ]
-        others = [f"{other.setting} {other.times_as_fast:.2f} ×" for other in tried if not other.is_better]
-        if others:
-            lines.append(f"no better: {', '.join(others)}")
-        return [*lines, *(f"not tried: {text}" for text in self.untried)]
 
 
 def bench_extract(
@@ -149,7 +65,15 @@ def bench_extract(
         decoding, model, pipeline = runner.decoding(), runner.model(), runner.pipeline()
         limit = 1 / (1 / model + 1 / decoding) if device.type == "cpu" else min(model, decoding)
         results.append((decoding, model, pipeline, limit, pipeline / limit))
-    alternatives = tuple(runner.alternative(*other, rounds) for other in _others(runner) if try_others)
+    alternatives, untried = [], _untried(spec, device)
+    for name, value, note in _others(runner) if try_others else []:
+        try:
+            other = runner.alternative(name, value, note, rounds)
+        except FeatstoreError as error:
+            untried.append(f"extract.{name}: {value}: {first_line(error)}")
+            continue
+        if other is not None:
+            alternatives.append(other)
     decoding, model, pipeline, limit, fraction = (
         statistics.median(values) for values in zip(*results, strict=True)
     )
@@ -170,8 +94,8 @@ def bench_extract(
             "decoding threads": runner.workers,
             "torch threads": torch.get_num_threads(),
         },
-        alternatives=alternatives,
-        untried=tuple(_untried(spec, device)),
+        alternatives=tuple(alternatives),
+        untried=tuple(untried),
     )
 
 
@@ -224,14 +148,25 @@ class Runner:
         self.schedule = plan_schedule(
             self._paths, found.folder, backbone, config.images, most_pixels(config, device, spec)
         )
-        rows = self.schedule.rows
         with ThreadPoolExecutor(self.workers) as pool:
-            self._images = dict(zip(rows.tolist(), pool.map(self._decode, rows), strict=True))
+            rows = self.schedule.rows.tolist()
+            images = dict(zip(rows, pool.map(self._decoded_or_none, rows), strict=True))
+        self._images = {row: pixels for row, pixels in images.items() if pixels is not None}
+        # What an extraction would skip is no work for anybody here.
+        self.schedule = replace(self.schedule, rows=np.array(list(self._images), np.int64))
         self._batches = self._batches_for(self.embedder)
 
     def _batches_for(self, embedder: Embedder) -> list[NDArray[np.uint8]]:
         batches = self.schedule.batches(embedder.forward_size, self.views.count)
         return [np.concatenate([self._images[row] for row in rows.tolist()]) for rows in batches]
+
+    def _decoded_or_none(self, row: int) -> Any:
+        try:
+            return self._decode(row)
+        except ImageError:
+            if self.config.images.on_bad_image == "stop":
+                raise
+            return None
 
     def _decode(self, row: int) -> Any:
         images, path = self.config.images, self._paths[row]
@@ -239,20 +174,26 @@ class Runner:
         order, most = images.channel_order, images.max_pixels
         return load(raw, path, self.preprocessing, order, most, self.views, path).pixels
 
-    def alternative(self, name: str, value: Any, note: str, rounds: int) -> Alternative:
-        """Hold another setting of ``extract`` against the present one, in turns."""
+    def alternative(self, name: str, value: Any, note: str, rounds: int) -> Alternative | None:
+        """Hold another setting of ``extract`` against the present one, in turns; None: it changes nothing.
+
+        Raises:
+            FeatstoreError: It cannot be used here.
+        """
         setting = f"extract.{name}: {value}"
         if name == "workers":
             ratios = [self.decoding(value) / self.decoding() for _ in range(rounds)]
-            return Alternative(setting, statistics.median(ratios), "decoding", note)
+            return Alternative(setting, statistics.median(ratios), min(ratios), "decoding", note)
         extract = self.config.extract.model_copy(update={name: value})
         config = self.config.model_copy(update={"extract": extract})
         spec = describe(config, self.backbone, self.device, None)
         with contextlib.closing(make_embedder(config, self.backbone, self.device, spec)) as embedder:
             batches = self._batches_for(embedder)
+            if name == "batch_size" and list(map(len, batches)) == list(map(len, self._batches)):
+                return None
             self._model(embedder, batches)  # warm
             ratios = [self._model(embedder, batches) / self.model() for _ in range(rounds)]
-        return Alternative(setting, statistics.median(ratios), "backbone", note)
+        return Alternative(setting, statistics.median(ratios), min(ratios), "backbone", note)
 
     def decoding(self, workers: int | None = None) -> float:
         """Patches a second: read, decoded, resized, described."""

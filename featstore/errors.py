@@ -79,3 +79,8 @@ class StoreDamaged(StoreError):
     """A file that the store's newest records name is missing or is not what was written."""
 
     exit_code = 1
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its kind where it has none."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

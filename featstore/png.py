@@ -119,7 +119,7 @@ def check_header(path: Path, name: str, max_pixels: int) -> PngHeader:
         ImageError: As `read_header`; also if the file cannot be opened or is no regular file.
     """
     try:
-        with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+        with open(path, "rb", buffering=0, opener=open_at_once) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ImageError(
                     f"{name} is not a regular file (a pipe or a device?)",
@@ -159,9 +159,14 @@ def check_size(size: int, max_pixels: int, name: str) -> None:
         )
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    """Opens without waiting: a pipe that nobody writes to would hold the opener for ever."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+def open_at_once(path: str, flags: int) -> int:
+    """Opens without waiting, for `open`: a pipe that nobody writes to would hold the opener for ever."""
+    try:
+        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    except BlockingIOError:  # a file server is taking back the right to keep a file to itself
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise
+        return os.open(path, flags)
 
 
 @dataclass(frozen=True)

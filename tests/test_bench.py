@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from featstore import bench
-from featstore.bench import Alternative, ExtractBench
+from featstore.bench_result import Alternative, ExtractBench
+from featstore.errors import ConfigError
 from featstore.extraction import forward
-from tests.command_line import answer, listing, succeeded
+from tests.command_line import answer, listing, refused, succeeded
 from tests.extraction.conftest import make_project
 
 
@@ -35,7 +36,7 @@ def test_rates_limit_and_other_settings_are_told(project: Path) -> None:
     workers = {f"extract.workers: {cores}"} if cores > 1 else set()
     tried.pop("extract.amp: auto", None)  # where this CPU has bfloat16
     assert set(tried) == {"extract.batch_size: 2", "extract.batch_size: 8"} | workers
-    better = {o["setting"] for o in found["alternatives"] if o["times_as_fast"] >= 1.05}
+    better = {o["setting"] for o in found["alternatives"] if o["times_as_fast"] >= 1.05 and o["least"] > 1}
     assert set(found["better_settings"]) == better
     assert any("openvino" in text for text in found["untried"])  # not to be loaded in this process
     text = succeeded(project, "bench", "extract", "--sample", 32).output
@@ -53,16 +54,17 @@ def made(**fields: Any) -> ExtractBench:
 def test_only_what_gains_more_than_noise_is_called_better() -> None:
     found = made(
         alternatives=(
-            Alternative("extract.batch_size: 8", 1.04, "backbone", ""),
-            Alternative("extract.batch_size: 32", 1.06, "backbone", ""),
-            Alternative("extract.runtime: openvino", 1.9, "backbone", "of another make"),
+            Alternative("extract.batch_size: 4", 1.4, 0.9, "backbone", ""),  # not in every round
+            Alternative("extract.batch_size: 8", 1.04, 1.02, "backbone", ""),
+            Alternative("extract.batch_size: 32", 1.06, 1.01, "backbone", ""),
+            Alternative("extract.runtime: openvino", 1.9, 1.7, "backbone", "of another make"),
         )
     )
     lines = found.to_text().splitlines()[-3:]
     assert lines == [
         "better: extract.runtime: openvino (backbone 1.90 × as fast; of another make)",
         "better: extract.batch_size: 32 (backbone 1.06 × as fast)",
-        "no better: extract.batch_size: 8 1.04 ×",
+        "no better: extract.batch_size: 4 1.40 ×, extract.batch_size: 8 1.04 ×",
     ]
     assert found.to_json()["better_settings"] == ["extract.batch_size: 32", "extract.runtime: openvino"]
 
@@ -101,4 +103,30 @@ def test_another_setting_is_measured_in_turn_with_the_present_one(
     runner = object.__new__(bench.Runner)
     monkeypatch.setattr(bench.Runner, "decoding", lambda self, workers=None: next(rates))
     found = runner.alternative("workers", 2, "", 3)
-    assert found.times_as_fast == statistics.median([2.0, 3.0, 4.0])
+    assert found is not None
+    assert (found.times_as_fast, found.least) == (statistics.median([2.0, 3.0, 4.0]), 2.0)
+
+
+def test_a_setting_that_cannot_be_used_here_is_told_and_the_rest_stands(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unusable(runner: bench.Runner, name: str, *rest: Any) -> None:
+        raise ConfigError(f"no {name} here", expected="another", where="extract", fix="leave it out")
+
+    monkeypatch.setattr(bench.Runner, "alternative", unusable)
+    found = answer(project, "bench", "extract", "--sample", 32)
+    assert found["alternatives"] == []
+    assert any("extract.batch_size: 2: no batch_size here" in text for text in found["untried"])
+
+
+def test_a_batch_size_that_leaves_the_batches_as_they_are_is_not_tried(project: Path) -> None:
+    found = answer(project, "bench", "extract", "--sample", 32, "--set", "extract.batch_size=64")
+    assert not [other for other in found["alternatives"] if "batch_size" in other["setting"]]
+
+
+def test_a_bad_patch_that_an_extraction_would_skip_is_no_end(tmp_path: Path) -> None:
+    project = make_project(tmp_path, cases=1, stains=("h&e",), slices=1, patches=8)
+    sorted((project / "patches").rglob("*.png"))[0].write_bytes(b"no picture")
+    skip = ("--set", "images.on_bad_image=skip")
+    assert answer(project, "bench", "extract", *skip)["pipeline_rate"] > 0
+    refused(project, "bench", "extract", "--set", "images.on_bad_image=stop", says=("a PNG file",))

@@ -163,6 +163,13 @@ class Committer:
     def _guarded(self, step: Any) -> None:
         try:
             step()
+        except MemoryError as error:
+            self._error = FeatstoreError(
+                "memory ran out while embeddings were being written; what was committed is safe",
+                where="extract.part_mb",
+                fix="free the memory or set a smaller --part-mb, and run the command again",
+            )
+            self._error.__cause__ = error
         except BaseException as error:
             self._error = error
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from featstore.errors import FeatstoreError, ImageError
 from featstore.extraction.views import make_views
 from featstore.images import Preprocessing, check_size, decode
-from featstore.png import refuse
+from featstore.png import open_at_once, refuse
 from featstore.quality import quality
 
 
@@ -72,7 +72,7 @@ def read(folder: Path, path: str, max_pixels: int) -> Raw:
     """
     started = time.perf_counter()
     try:
-        with _memory_for(path), open(folder / path, "rb", opener=_open_at_once) as file:
+        with _memory_for(path), open(folder / path, "rb", opener=open_at_once) as file:
             state = os.fstat(file.fileno())
             if not stat.S_ISREG(state.st_mode):
                 raise ImageError(
@@ -89,11 +89,6 @@ def read(folder: Path, path: str, max_pixels: int) -> Raw:
             where=str(folder / path),
             fix="check that the folder is still there and nobody is moving its files",
         ) from error
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Open without waiting: a pipe that nobody writes to would hold the run for ever."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def load(

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from featstore.backbones import Backbone
+from featstore.errors import FeatstoreError, first_line
 from featstore.extraction.forward import (
     DTYPES,
     PendingFeatures,
@@ -138,7 +139,11 @@ class OpenVinoEmbedder:
                     return np.concatenate([graph.infer(part) for part in parts])
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
-                    raise
+                    raise FeatstoreError(
+                        f"OpenVINO failed: {first_line(error)}",
+                        where="extract.runtime",
+                        fix="run the command again; if it stays, use another store with --runtime torch",
+                    ) from error
                 if together == 1:
                     raise no_memory_for_one(self.device, pixels) from error
             self._halve(together)

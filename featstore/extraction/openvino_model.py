@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from featstore.backbones import Backbone, normalize
-from featstore.errors import ConfigError, FeatstoreError
+from featstore.errors import ConfigError, FeatstoreError, first_line
+from featstore.process import stop_on_signal
 
 Features = NDArray[np.float32]
 
@@ -169,6 +170,17 @@ def _check_precision(core: Any, compute_dtype: str) -> None:
 
 def _convert(openvino: ModuleType, backbone: Backbone) -> Any:
     """The network as OpenVINO's model, input (?, 3, ?, ?) float32."""
+    # A KeyboardInterrupt within would come out of it as an error of the conversion.
+    with stop_on_signal() as received:
+        try:
+            return _converted(openvino, backbone)
+        finally:
+            stopped = received[:1]
+            if stopped:
+                raise KeyboardInterrupt
+
+
+def _converted(openvino: ModuleType, backbone: Backbone) -> Any:
     size = backbone.preprocessing.size
     example = torch.zeros(1, 3, size, size)
     try:
@@ -180,7 +192,7 @@ def _convert(openvino: ModuleType, backbone: Backbone) -> Any:
             return openvino.convert_model(traced, example_input=example)
     # Both run the model's code on tensors of their own: anything may be raised.
     except Exception as error:
-        raise _unfit(backbone, f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+        raise _unfit(backbone, f"{type(error).__name__}: {first_line(error)}") from error
 
 
 @contextmanager

@@ -155,7 +155,7 @@ def run_pass(
     batches = list(work.schedule.batches(embedder.forward_size, work.views.count))
     order = [row for rows in batches for row in rows.tolist()]
     pixels = work.schedule.sizes.prod(axis=1) * work.views.count
-    ahead = 2 * embedder.batch_size + 2 * work.workers
+    ahead = 2 * max(1, embedder.batch_size // work.views.count) + 2 * work.workers
     with (
         ThreadPoolExecutor(_READERS, "featstore-reader") as readers,
         ThreadPoolExecutor(work.workers, "featstore-decoder") as decoders,

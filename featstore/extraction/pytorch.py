@@ -14,7 +14,7 @@ from torch import nn
 
 from featstore.backbones import Backbone, normalize
 from featstore.backbones.folding import fold_batch_norms
-from featstore.errors import ConfigError, FeatstoreError
+from featstore.errors import ConfigError, FeatstoreError, first_line
 from featstore.extraction.forward import (
     DTYPES,
     FOLDED,
@@ -133,7 +133,7 @@ class TorchEmbedder:
         # Compilers, their caches and their processes raise errors of any kind.
         except Exception as error:
             raise ConfigError(
-                f"torch.compile cannot compile this backbone: {str(error).splitlines()[0]}",
+                f"torch.compile cannot compile this backbone: {first_line(error)}",
                 expected="a C++ compiler (g++, or what CXX names), Triton on a GPU, a cache folder",
                 where="extract.compile",
                 fix="install a compiler, or leave it out: --no-compile (extract.compile: false)",

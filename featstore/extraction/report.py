@@ -115,7 +115,8 @@ class ExtractionReport:
             lines.append(f"{self.pruned:,} embeddings of vanished patches dropped")
         if self.interrupted is not None:
             left = len(self.plan.pending) - progress.done - len(progress.skipped)
-            lines.append(f"interrupted with {left:,} patches left; the same command goes on from here")
+            state = f"with {left:,} patches left" if left else "when all patches were committed"
+            lines.append(f"interrupted {state}; the same command goes on from here")
         elif not lines:
             lines.append("nothing left to do")
         if self.shard.count > 1:

@@ -113,7 +113,9 @@ def _carry_out(
     settings = config.extract
     if device.type == "cpu":
         keep_freed_memory()
-    embedder = make_embedder(config, backbone, device, spec)
+    # What takes minutes is not done for nothing.
+    compiled = config if len(plan.pending) else _uncompiled(config)
+    embedder = make_embedder(compiled, backbone, device, spec)
     progress, committed, refreshed, pruned, interrupted = Progress(total=0), 0, 0, 0, None
     provenance = {
         # Names the run's report in reports/extract/runs/.
@@ -122,7 +124,7 @@ def _carry_out(
         **provenance_of(config, project, backbone, device, embedder),
     }
     sampler = GpuSampler(device)
-    began, started = now(), time.monotonic()
+    began, started, seconds = now(), time.monotonic(), 0.0
     if len(plan.pending) or len(plan.stale) or (settings.prune and len(plan.vanished)):
         writer = StoreWriter(
             project / config.store.path,
@@ -130,23 +132,23 @@ def _carry_out(
             provenance,
             config.store.format,
         )
-        committer = Committer(
-            writer,
-            plan.pending,
-            settings.part_mb << 20,
-            settings.part_seconds,
-            work.schedule.rows,
-            work.views.count,
-        )
         with stop_on_signal() as received, sampler, contextlib.closing(embedder):
+            committer = Committer(
+                writer,
+                plan.pending,
+                settings.part_mb << 20,
+                settings.part_seconds,
+                work.schedule.rows,
+                work.views.count,
+            )
             progress = run_pass(work, embedder, committer, observe, lambda: bool(received))
         committed, interrupted = committer.committed, next(iter(received), None)
+        seconds = time.monotonic() - started
         if len(plan.stale) and store is not None and interrupted is None:
             refreshed = refresh(writer, store, plan.stale)
         # One share prunes for all of them.
         if settings.prune and shard.index == 0 and interrupted is None:
             pruned = prune(writer, plan.vanished, found)
-    seconds = time.monotonic() - started
     return ExtractionReport(
         plan=plan,
         progress=progress,
@@ -174,3 +176,8 @@ def _carry_out(
         gpu_interval=sampler.interval,
         coarse=work.schedule.coarse,
     )
+
+
+def _uncompiled(config: FeatstoreConfig) -> FeatstoreConfig:
+    extract = config.extract.model_copy(update={"compile": False})
+    return config.model_copy(update={"extract": extract})

@@ -254,7 +254,7 @@ NATIVE_FAULTS = FAULTS | {"gets another size": (another_size, "72 × 72 px now")
 def change_when_opened(
     patch: pytest.MonkeyPatch, project: Path, changes: dict[str, Callable[[Path], None]]
 ) -> None:
-    real = loading._open_at_once
+    real = loading.open_at_once
 
     def opened(path: str, flags: int) -> int:
         change = changes.pop(Path(path).name, None)
@@ -262,7 +262,7 @@ def change_when_opened(
             change(Path(path))
         return real(path, flags)
 
-    patch.setattr(loading, "_open_at_once", opened)
+    patch.setattr(loading, "open_at_once", opened)
 
 
 def restore(project: Path, reference: tuple[Path, Contents], victim: str) -> None:
