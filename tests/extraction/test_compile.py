@@ -19,7 +19,7 @@ from featstore.backbones import Backbone, build_backbone
 from featstore.config import BackboneConfig
 from featstore.errors import ConfigError, FeatstoreError
 from featstore.extraction.forward import Embedder, make_embedder
-from tests import helpers
+from tests import command_line, helpers
 from tests.extraction.conftest import TINY, contents, make_project
 from tests.extraction.runtimes import assert_close, tissue
 
@@ -189,3 +189,15 @@ def test_a_network_that_does_not_run_is_not_blamed_on_the_compiler_when_it_is_no
     made = embedder(replace(backbone(), module=Broken().eval()), compile=False)
     with pytest.raises(ValueError, match="no such network"):
         made(tissue(1, 32, 32))
+
+
+def test_with_nothing_left_to_do_nothing_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **named: object) -> None:
+        raise AssertionError("compiled for nothing")
+
+    project = make_project(tmp_path, cases=1, stains=("h&e",), slices=1, patches=5)
+    assert command_line.answer(project, "extract")["computed"] == 5
+    monkeypatch.setattr(torch, "compile", refuse)
+    assert command_line.answer(project, "extract", "--compile")["already_done"] == 5

@@ -25,7 +25,7 @@ from featstore.errors import FeatstoreError, ImageError
 from featstore.extraction import committer as committing
 from featstore.extraction import extract, loading, pipeline
 from featstore.extraction.pytorch import TorchEmbedder
-from featstore.store import files
+from featstore.store import StoreWriter, files
 from featstore.store.records import read_manifest
 from featstore.store.verify import verify
 from tests import command_line, helpers
@@ -164,6 +164,21 @@ def test_an_error_of_a_decoding_library_can_be_skipped(
         report = run(project, images__on_bad_image="skip")
     assert report.skipped == [(victim, "the decoder failed (CodecError: row 7)")]
     assert committed(project, whole) == TOTAL - 1
+
+
+def test_memory_that_runs_out_while_writing_is_told_as_that(
+    project: Path, whole: Contents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*arguments: Any, **named: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "commit", no_memory)
+        result = command_line.featstore(project, "extract")
+    assert result.exit_code == 2
+    assert "memory ran out while embeddings were being written" in result.stderr
+    assert "\n  to do: " in result.stderr
+    complete(project, whole, TOTAL)
 
 
 @pytest.mark.parametrize("kind", ["memory", pytest.param("exit", marks=pytest.mark.slow)])
