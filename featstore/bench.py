@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import tempfile
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 
@@ -33,6 +35,9 @@ from featstore.process import keep_freed_memory, usable_cores
 from featstore.spec import EmbeddingSpec
 from featstore.store import StoreWriter
 
+# Fewer cases would not stand for a cohort, whatever their size.
+_CASES = 8
+
 
 def bench_extract(
     config: FeatstoreConfig, project: Path, sample: int = 512, rounds: int = 3, try_others: bool = True
@@ -52,8 +57,7 @@ def bench_extract(
     device = forward.choose_device(config.extract.device)
     folder = project / config.patches.folder
     found = scan(folder, config.patches, config.stains, config.exclude, base=project)
-    rows = np.linspace(0, len(found.table) - 1, min(sample, len(found.table))).round().astype(int)
-    table = found.table.iloc[np.unique(rows)]
+    table = _spread(found.table, sample)
     backbone = build_backbone(config.backbone, project)
     spec = describe(config, backbone, device, None)
     if device.type == "cpu":
@@ -97,6 +101,18 @@ def bench_extract(
         alternatives=tuple(alternatives),
         untried=tuple(untried),
     )
+
+
+def _spread(table: pd.DataFrame, count: int) -> pd.DataFrame:
+    """Patches from all over the cohort, as many a case as it has, so that commits weigh what they weigh."""
+    cases = table["case_id"].unique()
+    number = max(_CASES, math.ceil(count * len(cases) / len(table)))
+    some = table[table["case_id"].isin(cases[_evenly(len(cases), number)])]
+    return some.iloc[_evenly(len(some), count)]
+
+
+def _evenly(length: int, count: int) -> NDArray[np.int64]:
+    return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(np.int64))
 
 
 def _others(runner: Runner) -> list[tuple[str, Any, str]]:

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from featstore import bench
@@ -130,3 +132,17 @@ def test_a_bad_patch_that_an_extraction_would_skip_is_no_end(tmp_path: Path) -> 
     skip = ("--set", "images.on_bad_image=skip")
     assert answer(project, "bench", "extract", *skip)["pipeline_rate"] > 0
     refused(project, "bench", "extract", "--set", "images.on_bad_image=stop", says=("a PNG file",))
+
+
+@pytest.mark.parametrize(
+    ("cases", "each", "count", "expected"), [(44, 45, 512, 12), (4, 900, 512, 4), (100, 900, 512, 8)]
+)
+def test_a_sample_has_as_many_patches_a_case_as_the_cohort_or_comes_from_eight(
+    cases: int, each: int, count: int, expected: int
+) -> None:
+    table = pd.DataFrame({"case_id": np.repeat([str(case) for case in range(cases)], each)})
+    found = bench._spread(table, count)
+    assert found["case_id"].nunique() == expected
+    assert len(found) == count
+    assert found.index.is_monotonic_increasing
+    assert {found["case_id"].iloc[0], found["case_id"].iloc[-1]} == {"0", str(cases - 1)}

@@ -2,7 +2,7 @@
 
     python tests/bench/bench_extract.py [FOLDER OF PNG PATCHES] [--backbone NAME] [--sizes lab|224]
                                         [--patches N] [--rounds N] [--runtime auto|torch|openvino]
-                                        [--native] [--device cpu|cuda] [--json]
+                                        [--native [native32]] [--device cpu|cuda] [--json]
 
 Without a folder, real tissue is cut into patches. All ways have the same backbone with the same
 random weights, resize to 224 px, and start in a process of their own, so that none profits from
@@ -17,7 +17,8 @@ plain      what one writes without thinking about speed: DataLoader with two wor
 careful    a good evaluation loop: DataLoader with two workers, torchvision's decoder and resize
            on uint8, autocast to bfloat16, channels_last, batch 32, one `torch.save` at the end
 
-With --native every patch keeps its own size: `extract` with `resize: native` against `lab`.
+With --native every patch keeps its own size (native32: sides rounded to multiples of 32): `extract`
+with that `resize` against `lab` at their own size.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def settings(options: argparse.Namespace, folder: Path) -> FeatstoreConfig:
             "backbone": {
                 "name": options.backbone,
                 "weights": "random:0",
-                "resize": "native" if options.native else SIDE,
+                "resize": options.native or SIDE,
             },
             "extract": {"device": options.device, "runtime": options.runtime},
         }
@@ -115,7 +116,7 @@ def extract(options: argparse.Namespace, folder: Path, paths: list[Path]) -> Rat
 def lab(options: argparse.Namespace, folder: Path, paths: list[Path]) -> Rates:
     backbone, device = build_backbone(settings(options, folder).backbone, Path()), device_of(options)
     module = backbone.module.to(device)
-    patches = Patches(paths[2::4], backbone, options.native)  # sorted by size: a fair quarter
+    patches = Patches(paths[2::4], backbone, bool(options.native))  # sorted by size: a fair quarter
     with torch.inference_mode(), tempfile.TemporaryDirectory() as out:
         module(torch.zeros(1, 3, SIDE, SIDE, device=device))
         started = time.perf_counter()
@@ -191,7 +192,7 @@ def ratio(found: dict[str, list[float]], way: str) -> float:
 
 
 def show(options: argparse.Namespace, paths: list[Path], found: dict[str, list[float]]) -> None:
-    sizes = "native sizes" if options.native else f"{SIDE} px"
+    sizes = f"{options.native} sizes" if options.native else f"{SIDE} px"
     print(
         f"{options.backbone} at {sizes}, {len(paths):,} patches ({options.folder or options.sizes}), "
         f"{options.rounds} rounds, runtime {options.runtime}, {device_of(options)}"
@@ -214,7 +215,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--patches", type=int, default=320)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--runtime", choices=["auto", "torch", "openvino"], default="auto")
-    parser.add_argument("--native", action="store_true")
+    parser.add_argument("--native", nargs="?", const="native", choices=["native", "native32"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
