@@ -1,7 +1,8 @@
-"""The settings of heads, training and runs, and the whole config of a project.
+"""The settings of training and runs, and the whole config of a project.
 
-What a head sets apart for itself (batch size, label smoothing, …) is ``auto`` here; `resolved` puts
-the head's own values in its place. No torch in this file: `featstore --help` reads it.
+Those of the heads stand in `heads.models.config`, and are known here too. What a head sets apart for
+itself (batch size, label smoothing, …) is ``auto`` here; `resolved` puts the head's own values in its
+place. No torch in this file: `featstore --help` reads it.
 """
 
 from __future__ import annotations
@@ -13,73 +14,20 @@ from pydantic import Field
 
 from featstore.config import PATH, FeatstoreConfig, Section, Texts
 from featstore.errors import ConfigError
+from heads.models.config import AttentionConfig as AttentionConfig
+from heads.models.config import ClamConfig as ClamConfig
+from heads.models.config import DsmilConfig as DsmilConfig
+from heads.models.config import DualStreamConfig as DualStreamConfig
+from heads.models.config import HeadConfig as HeadConfig
+from heads.models.config import HierarchicalConfig as HierarchicalConfig
+from heads.models.config import LinearConfig as LinearConfig
+from heads.models.config import ProjectorConfig as ProjectorConfig
+from heads.models.config import TransMILConfig as TransMILConfig
 
 Level = Literal["patch", "slice", "stain"]
 Weight = Annotated[float, Field(ge=0)]
 PerLevel = Weight | dict[Level, Weight]
 Auto = Literal["auto"]
-
-
-class HierarchicalConfig(Section):
-    """The hierarchical head."""
-
-    embed_dim: int = Field(
-        512, ge=1, le=65536, description="hierarchical: width of the projected embeddings"
-    )
-    attention_hidden: int = Field(
-        128, ge=1, le=65536, description="hierarchical: width of the attention's hidden layer"
-    )
-    attention_pool: Literal["tanh", "gated"] = Field("tanh", description="hierarchical: tanh | gated")
-    dropout: float = Field(0.1, ge=0, lt=1, description="dropout wherever none is set apart")
-    projector_dropout: float | None = Field(
-        None, ge=0, lt=1, description="hierarchical: after the projector"
-    )
-    attention_dropout: float | None = Field(
-        None, ge=0, lt=1, description="hierarchical: inside the attention pools"
-    )
-    classifier_dropout: float | None = Field(
-        None, ge=0, lt=1, description="hierarchical: before the classifier"
-    )
-
-
-class DualStreamConfig(Section):
-    """The dual-stream head."""
-
-    use_hidden_layer: bool = Field(True, description="dual_stream: project the features first")
-    hidden_dim: int = Field(256, ge=1, le=65536, description="dual_stream: width of that layer")
-    attention_dim: int = Field(128, ge=1, description="dual_stream: width of queries, keys and score layer")
-    attention_type: Literal["gated", "cosine", "dsmil", "abmil"] = Field(
-        "gated", description="dual_stream: gated | cosine | dsmil | abmil"
-    )
-    fusion_method: Literal["concat", "weighted", "cross_attn"] = Field(
-        "concat", description="dual_stream: concat | weighted | cross_attn"
-    )
-    dropout: float = Field(0.1, ge=0, lt=1, description="dropout wherever none is set apart")
-    temperature_start: float = Field(
-        10.0, gt=0, description="dual_stream: temperature of the selection in the first epoch"
-    )
-    temperature_end: float = Field(
-        1.0, gt=0, description="dual_stream: in the last epoch and in evaluation; never below"
-    )
-    temperature_schedule: Literal["linear", "cosine", "exponential"] = Field(
-        "linear", description="dual_stream: linear | cosine | exponential"
-    )
-
-
-class HeadConfig(DualStreamConfig, HierarchicalConfig):
-    """Which head learns, and its settings; each head reads its own."""
-
-    name: str = Field(
-        "hierarchical",
-        description="hierarchical | dual_stream, or one that head.plugin registers",
-        json_schema_extra={"alias": "model"},
-    )
-    plugin: str | None = Field(
-        None,
-        description="Python file that registers a head or a loss of your own",
-        json_schema_extra=PATH,
-    )
-    options: dict[str, Any] = Field({}, description="settings of a head of your own: {name: value}")
 
 
 class SubCases(Section):
@@ -95,7 +43,7 @@ class TrainConfig(Section):
 
     epochs: int = Field(30, ge=1, le=100_000, description="passes over the training cases")
     batch_size: Annotated[int, Field(ge=1, le=100_000)] | Auto = Field(
-        "auto", description="cases a batch; auto: hierarchical 1, dual_stream 4"
+        "auto", description="cases a batch; auto: dual_stream 4, any other head 1"
     )
     gradient_accumulation_steps: int = Field(1, ge=1, le=100_000, description="batches an optimiser step")
     patch_budget: int = Field(
@@ -119,7 +67,7 @@ class TrainConfig(Section):
     min_delta: float = Field(0.001, ge=0, description="early stopping: what counts as better")
     min_epochs: int = Field(1, ge=1, description="early stopping: not before so many epochs")
     grad_clip: Weight | Auto = Field(
-        "auto", description="largest norm of the gradient; 0: any; auto: hierarchical 0, dual_stream 0.5"
+        "auto", description="largest norm of the gradient; 0: any; auto: dual_stream 0.5, any other head 0"
     )
     amp: Literal["off", "bf16", "fp16"] = Field("off", description="off | bf16 | fp16 (GPU)")
     ema_decay: float = Field(
@@ -130,7 +78,7 @@ class TrainConfig(Section):
     )
     loss: str = Field("cross_entropy", description="cross_entropy, or one that head.plugin registers")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | Auto = Field(
-        "auto", description="label smoothing; auto: hierarchical 0, dual_stream 0.1"
+        "auto", description="label smoothing; auto: dual_stream 0.1, any other head 0"
     )
     use_class_weights: bool = Field(False, description="weight the loss by class")
     class_weights: Literal["balanced"] | list[Weight] | dict[str, Weight] = Field(
@@ -171,7 +119,7 @@ class TrainConfig(Section):
     sampling: Literal["random", "even", "entropy", "all", "auto"] = Field(
         "auto",
         description="patches of a bag in training: random | even | entropy | all; "
-        "auto: hierarchical all, dual_stream random",
+        "auto: dual_stream random, any other head all",
     )
     bag_size: int = Field(64, ge=1, description="patches a bag in training, unless sampling is all")
     sub_cases: SubCases | None = Field(
@@ -213,7 +161,7 @@ class Config(FeatstoreConfig):
     runs: RunsConfig = RunsConfig()
 
 
-# What `auto` stands for, by the seed documents. A head that a plugin registers has the first's.
+# What `auto` stands for, by the seed documents. Any other head has the first's.
 HEAD_DEFAULTS: dict[str, Mapping[str, Any]] = {
     "hierarchical": {
         "batch_size": 1,
@@ -232,7 +180,32 @@ HEAD_DEFAULTS: dict[str, Mapping[str, Any]] = {
         "sampling": "random",
     },
 }
-_CONFIGS: dict[str, type[Section]] = {"hierarchical": HierarchicalConfig, "dual_stream": DualStreamConfig}
+_CONFIGS: dict[str, type[Section]] = {
+    "hierarchical": HierarchicalConfig,
+    "dual_stream": DualStreamConfig,
+    "abmil": AttentionConfig,
+    "gated_abmil": AttentionConfig,
+    "dsmil": DsmilConfig,
+    "clam_sb": ClamConfig,
+    "transmil": TransMILConfig,
+    "mean": ProjectorConfig,
+    "max": ProjectorConfig,
+    "linear": LinearConfig,
+}
+
+
+# What has a meaning where a head learns step by step: all but linear.
+_STEPS = (
+    "gradient_accumulation_steps",
+    "optimizer",
+    "lr",
+    "weight_decay",
+    "scheduler",
+    "scheduler_patience",
+    "scheduler_factor",
+    "min_lr",
+    "grad_clip",
+)
 
 
 def resolved(config: Config) -> Config:
@@ -250,15 +223,20 @@ def own_settings(head: HeadConfig) -> dict[str, Any]:
     return {name: getattr(head, name) for name in own.model_fields}
 
 
-def unused_settings(head: HeadConfig) -> list[str]:
-    """Settings that were given, but that this head does not read."""
+def unused_settings(head: HeadConfig, train: TrainConfig | None = None) -> list[str]:
+    """Settings that were given, but that this head does not read; of the training's, if resolved."""
     own = _CONFIGS.get(head.name)
     if own is None:
         return []
     read = {*own.model_fields, "name", "plugin", "options"}
     defaults = HeadConfig()
     given = {name for name in head.model_fields_set if getattr(head, name) != getattr(defaults, name)}
-    return sorted(f"head.{name}" for name in given - read)
+    unread = sorted(f"head.{name}" for name in given - read)
+    if train is None or head.name != "linear":
+        return unread
+    standard = resolved(Config(head=head)).train
+    steps = (name for name in _STEPS if getattr(train, name) != getattr(standard, name))
+    return unread + sorted(f"train.{name}" for name in steps)
 
 
 def weights_by_level(value: PerLevel, levels: tuple[str, ...], name: str, decay: float) -> dict[str, float]:

@@ -118,7 +118,7 @@ def train_project(
         store = Store.open(project / config.store.path)
         names, labels, split = read_cohort(config, project, store, tell)
         check_threshold(config.runs, [labels[case] for case in split.val], names)
-        for name in unused_settings(config.head):
+        for name in unused_settings(config.head, config.train):
             tell(f"warning: {name} is set, but the head {config.head.name} does not read it")
         if "bag_size" in config.train.model_fields_set and config.train.sampling == "all":
             tell("warning: train.bag_size is set, but train.sampling is all: add --sampling random")

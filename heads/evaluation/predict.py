@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,10 +77,11 @@ class PatchAttention:
 
     Args:
         bags: The cohort, whose store knows every row's file.
+        class_names: For columns of what a head says by class; by default, the classes' numbers.
     """
 
-    def __init__(self, bags: CaseBags) -> None:
-        self._bags = bags
+    def __init__(self, bags: CaseBags, class_names: Sequence[str] = ()) -> None:
+        self._bags, self._classes = bags, class_names
         self._columns: dict[str, list[NDArray[Any]]] = {}
 
     @property
@@ -108,7 +109,16 @@ class PatchAttention:
         if output.instance_scores is not None:
             found["instance_score"] = output.instance_scores
         for name, value in found.items():
-            self._columns.setdefault(name, []).append(value.cpu().numpy())
+            for column, each in self._by_class(name, value):
+                self._columns.setdefault(column, []).append(each.cpu().numpy())
+
+    def _by_class(self, name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """One column, or one a class where the head attends or scores by class."""
+        if value.ndim == 1:
+            yield name, value
+            return
+        for c, each in enumerate(value.unbind(1)):
+            yield f"{name}_{self._classes[c] if self._classes else c}", each
 
     def table(self) -> Any:
         """A DataFrame, one row a patch: who it is, its file, its attention at every level."""

@@ -119,7 +119,9 @@ def evaluate_heads(
         The evaluation; the best head's attention on every patch of the cases, if the config asks
         for it and the head has attention.
     """
-    attention = PatchAttention(bags) if config.runs.analyze_attention and part == "test" else None
+    attention = (
+        PatchAttention(bags, class_names) if config.runs.analyze_attention and part == "test" else None
+    )
     found: dict[str, tuple[Predictions, Metrics]] = {}
     for name, head in heads.items():
         nothing: Callable[..., None] = lambda batch, output: None  # noqa: E731

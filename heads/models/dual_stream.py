@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from featstore.bags import BagBatch
-from heads.config import DualStreamConfig
+from heads.models.config import DualStreamConfig
 from heads.models.dropout import Dropout
 from heads.models.head import Head, register_head
 from heads.models.outputs import Attention, HeadOutput

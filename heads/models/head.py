@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -16,16 +17,34 @@ from featstore.bags import BagBatch
 from featstore.config import Section
 from featstore.errors import ConfigError
 from featstore.settings import nearest_name
-from heads.config import HeadConfig
+from heads.models.config import HeadConfig, ProjectorConfig
+from heads.models.dropout import Dropout
 from heads.models.outputs import HeadOutput
 from heads.models.pooling import Standardize
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What `Head.solve` is to minimise, out of a training's settings.
+
+    Attributes:
+        class_weights: (C,) of the loss, or None.
+        label_smoothing: Of the loss.
+        standardize: Whether features are standardised.
+        seed: Of whatever the solver draws.
+    """
+
+    class_weights: torch.Tensor | None
+    label_smoothing: float
+    standardize: bool
+    seed: int
 
 
 class Head(nn.Module):
     """A small model that learns on bags of embeddings.
 
     A subclass is made from ``(dim, classes, config)`` and implements `forward`; it begins with
-    ``self.standardize``.
+    ``self.standardize``. `forward` never sees the labels: a batch comes to it without them.
 
     Args:
         dim: D, the number of features.
@@ -33,23 +52,72 @@ class Head(nn.Module):
     Attributes:
         levels: The attention levels that penalties may act on, patches first.
         scores_instances: Whether the output has instance scores.
+        solved: Whether `solve` finds the weights of an epoch, in place of optimiser steps.
         standardize: Mean and deviation of the training cases, as buffers.
     """
 
     levels: ClassVar[tuple[str, ...]] = ()
     scores_instances: ClassVar[bool] = False
+    solved: ClassVar[bool] = False
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.standardize = Standardize(dim)
 
+    def __call__(self, batch: BagBatch, **schedule: float) -> HeadOutput:
+        """`forward` of the batch without its labels."""
+        output: HeadOutput = super().__call__(replace(batch, labels=None), **schedule)
+        return output
+
     def forward(self, batch: BagBatch, **schedule: float) -> HeadOutput:
         """Classify a batch; ``schedule`` is what `schedule` says of the epoch."""
+        raise NotImplementedError
+
+    def auxiliary_loss(self, output: HeadOutput, labels: torch.Tensor) -> torch.Tensor | None:
+        """What the head learns from the labels beside its logits; asked for in training alone.
+
+        Args:
+            output: What `forward` said of B cases.
+            labels: (B,) int64.
+
+        Returns:
+            (B,), added to the loss of each case and weighted by class as that is; None: nothing.
+        """
+        return None
+
+    def solve(self, batches: Iterable[BagBatch], fit: Fit, **schedule: float) -> None:
+        """Set the weights to what an epoch's training cases give; only of heads that are ``solved``.
+
+        Args:
+            batches: The training cases, with labels; read once.
+            fit: What is to be minimised.
+            schedule: What `schedule` says of the epoch.
+        """
         raise NotImplementedError
 
     def schedule(self, epoch: int, epochs: int) -> dict[str, float]:
         """What changes from epoch to epoch (from 0); evaluation uses the last epoch's."""
         return {}
+
+
+class ProjectedHead(Head):
+    """A head that begins with h = Dropout(ReLU(W x + b)) of every patch x.
+
+    Args:
+        dim: D, the number of features.
+        config: Width and dropouts.
+    """
+
+    def __init__(self, dim: int, config: ProjectorConfig) -> None:
+        super().__init__(dim)
+        self.projector = nn.Linear(dim, config.embed_dim)
+        self.projector_dropout = Dropout(config.rate(config.projector_dropout))
+
+    def embed(self, batch: BagBatch) -> torch.Tensor:
+        """(ΣP, E) h of every patch."""
+        projected = torch.relu(self.standardize.project(batch.features, self.projector))
+        embedded: torch.Tensor = self.projector_dropout(projected)
+        return embedded
 
 
 H = TypeVar("H", bound=type[Head])
@@ -123,8 +191,14 @@ def build_head(config: HeadConfig, dim: int, classes: int, seed: int = 0) -> Hea
 
 def _know_our_own() -> None:
     """Register our own heads: first, so that no plugin can take their names."""
+    import heads.models.abmil
+    import heads.models.clam
+    import heads.models.dsmil
     import heads.models.dual_stream
-    import heads.models.hierarchical  # noqa: F401
+    import heads.models.hierarchical
+    import heads.models.linear
+    import heads.models.simple
+    import heads.models.transmil  # noqa: F401
 
 
 def load_plugin(path: Path | None) -> None:

@@ -31,9 +31,9 @@ class HeadOutput:
     Attributes:
         logits: (B, C).
         attention: By level, out of ``patch, slice, stain, selection``.
-        instance_scores: (ΣP,) unbounded, where the head has them.
+        instance_scores: (ΣP,) unbounded, where the head has them; (ΣP, C) where it has them by class.
         aux_loss: A scalar that the head adds to the loss, or None.
-        aux_logits: (B, C) of a second classifier, or None.
+        aux_logits: (B, C) of a second classifier, whose loss is added to that of the logits, or None.
     """
 
     logits: torch.Tensor
@@ -46,7 +46,8 @@ class HeadOutput:
 def effective_attention(output: HeadOutput, batch: BagBatch) -> torch.Tensor | None:
     """How much of each case's embedding every patch makes up.
 
-    A patch's attention × its slice's × its stain's; with a head of one level, its attention.
+    A patch's attention × its slice's × its stain's; with a head of one level, its attention; with one
+    that attends per class, the mean over the classes, each of which has an embedding of its own.
 
     Returns:
         (ΣP,) float, summing to 1 in every case; None for a head without attention.
@@ -54,6 +55,8 @@ def effective_attention(output: HeadOutput, batch: BagBatch) -> torch.Tensor | N
     if "patch" not in output.attention:
         return None
     weights = output.attention["patch"].weights
+    if weights.ndim == 2:
+        weights = weights.mean(dim=1)
     for level, offsets in (("slice", batch.slice_offsets), ("stain", None)):
         if level not in output.attention:
             break

@@ -16,6 +16,9 @@ from heads.models.outputs import Attention
 
 PoolKind = Literal["tanh", "gated"]
 
+# Below this a feature counts as constant; below this share of the median one, as nearly constant.
+_LEAST_DEVIATION, _LEAST_SHARE = 1e-6, 0.01
+
 
 def segment_index(offsets: torch.Tensor, members: int) -> torch.Tensor:
     """(N,) int64: the segment of each of N members, from (G + 1,) offsets."""
@@ -55,6 +58,44 @@ def segment_max(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         index = index[:, None].expand_as(values)
     start = values.new_full((len(offsets) - 1, *values.shape[1:]), -torch.inf)
     return start.scatter_reduce(0, index, values, "amax")
+
+
+def segment_argmax(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The first largest member of each segment.
+
+    Args:
+        values: (N,) or (N, K); with K columns, each on its own.
+        offsets: (G + 1,) int64; no segment is empty.
+
+    Returns:
+        (G,) or (G, K) int64 positions among the N; where a segment has NaN, one of its members.
+    """
+    values = wide(values.detach())
+    index = segment_index(offsets, len(values))
+    position, last = torch.arange(len(values), device=values.device), offsets[1:] - 1
+    largest = segment_max(values, offsets)[index]
+    if values.ndim == 2:
+        index, position = index[:, None].expand_as(values), position[:, None]
+        last = last[:, None].expand(-1, values.shape[1])
+    candidates = torch.where(values == largest, position, len(values))
+    return last.scatter_reduce(0, index, candidates, "amin")
+
+
+def segment_rank(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The place of each member in its segment, from 0, the largest; of equal ones, the first.
+
+    Args:
+        values: (N,).
+        offsets: (G + 1,) int64.
+
+    Returns:
+        (N,) int64.
+    """
+    index = segment_index(offsets, len(values))
+    order = torch.argsort(values, descending=True, stable=True)
+    order = order[torch.argsort(index[order], stable=True)]
+    places = torch.arange(len(values), device=values.device) - offsets[index]
+    return torch.empty_like(places).scatter(0, order, places)
 
 
 def segment_softmax(logits: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -176,6 +217,25 @@ class Standardize(nn.Module):
         # One multiplication and addition a number: a division takes ten times as long on a CPU.
         scale = self.std.reciprocal()
         return torch.addcmul(-self.mean * scale, features.to(self.mean.dtype), scale)
+
+
+def usable_deviation(std: torch.Tensor) -> torch.Tensor:
+    """Deviations to divide by.
+
+    A feature that does not vary gets 1. One that hardly varies (a unit that fires in one patch of six
+    thousand) is divided by 1% of the median deviation at least: by its own, that one patch would lie
+    thousands of deviations away and outvote all other features.
+
+    Args:
+        std: (D,).
+
+    Returns:
+        (D,), none of them 0.
+    """
+    varies = std > _LEAST_DEVIATION
+    if varies.any():
+        std = std.clamp_min(_LEAST_SHARE * float(std[varies].median()))
+    return torch.where(varies, std, 1.0)
 
 
 def wide(values: torch.Tensor) -> torch.Tensor:

@@ -14,10 +14,7 @@ from featstore.errors import ConfigError
 from featstore.resident import CaseBags
 from featstore.sampling import cap_slices, limit_slices, sample_bag, sub_cases
 from heads.config import TrainConfig
-from heads.models.pooling import Standardize
-
-# Below this a feature counts as constant; below this share of the median one, as nearly constant.
-_LEAST_DEVIATION, _LEAST_SHARE = 1e-6, 0.01
+from heads.models.pooling import Standardize, usable_deviation
 
 
 class TrainingBags:
@@ -102,9 +99,7 @@ def micro_batches(bags: Sequence[Bag], budget: int) -> Iterator[list[Bag]]:
 def fit_standardize(standardize: Standardize, bags: CaseBags, cases: Sequence[str]) -> None:
     """Set mean and deviation, per feature, to those of all patches of the training cases.
 
-    A feature that does not vary keeps the deviation 1. One that hardly varies (a unit that fires in
-    one patch of six thousand) is divided by 1% of the median deviation at least: by its own, that
-    one patch would lie thousands of deviations away and outvote all other features.
+    `usable_deviation` says what becomes of features that hardly vary.
 
     Args:
         standardize: Whose buffers are set.
@@ -121,8 +116,5 @@ def fit_standardize(standardize: Standardize, bags: CaseBags, cases: Sequence[st
         square += features.square().sum(dim=0)
     mean = total / count
     std = (square / count - mean.square()).clamp_min(0).sqrt()
-    varies = std > _LEAST_DEVIATION
-    if varies.any():
-        std = std.clamp_min(_LEAST_SHARE * float(std[varies].median()))
     standardize.mean.copy_(mean + shift)
-    standardize.std.copy_(torch.where(varies, std, 1.0))
+    standardize.std.copy_(usable_deviation(std))

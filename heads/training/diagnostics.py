@@ -40,9 +40,8 @@ class EpochLog:
         if batch.labels is not None:
             self._labels.append(batch.labels)
         for level, attention in output.attention.items():
-            if attention.weights.ndim == 1:
-                parts = (attention.weights, attention.logits, attention.offsets)
-                self._attention.setdefault(level, []).append(Attention(*(p.detach() for p in parts)))
+            parts = (attention.weights, attention.logits, attention.offsets)
+            self._attention.setdefault(level, []).append(Attention(*(p.detach() for p in parts)))
 
     def summary(self, batch_size: int) -> dict[str, float]:
         """One number a measure; undefined ones (the AUC of one class) are NaN.
@@ -69,7 +68,7 @@ class EpochLog:
 
 
 def _sharpness(level: str, parts: list[Attention]) -> dict[str, float]:
-    """Means over a level's segments: entropy in nats, effective instances exp(H), largest weight."""
+    """Means over a level's segments, and classes: entropy in nats, effective instances, largest weight."""
     sizes = torch.cat([part.offsets.diff() for part in parts])
     whole = Attention(
         torch.cat([part.weights for part in parts]),

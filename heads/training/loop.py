@@ -19,7 +19,7 @@ from featstore.cohort.splits import Split
 from featstore.errors import ConfigError, FeatstoreError
 from featstore.resident import CaseBags
 from heads.config import TrainConfig
-from heads.models.head import Head
+from heads.models.head import Fit, Head
 from heads.training.data import TrainingBags, chunks, fit_standardize, micro_batches
 from heads.training.diagnostics import EpochLog, mean_norm
 from heads.training.objective import Objective, make_class_weights
@@ -91,8 +91,9 @@ class Training:
         if config.standardize == "train":
             fit_standardize(self.head.standardize, bags, split.train)
         self.optimizer = _optimizer(self.head, config)
-        self.scheduler = _scheduler(self.optimizer, config)
+        self.scheduler = None if self.head.solved else _scheduler(self.optimizer, config)
         self.ema: AveragedModel | None = None
+        _check_solvable(self.head, config)
         if config.ema_decay:
             average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
             self.ema = AveragedModel(self.head, multi_avg_fn=average, use_buffers=True)
@@ -135,7 +136,7 @@ class Training:
 
     def _epoch(self) -> None:
         progress, start = self.progress, time.perf_counter()
-        lr = float(self.optimizer.param_groups[0]["lr"])
+        lr = math.nan if self.head.solved else float(self.optimizer.param_groups[0]["lr"])
         schedule = self.head.schedule(progress.epoch, self.config.epochs)
         row = {"epoch": progress.epoch + 1, "lr": lr, **schedule}
         # A seed of its own for every epoch, and the caller's chance left as it was.
@@ -165,6 +166,8 @@ class Training:
         self, epoch: Sequence[Bag], schedule: Mapping[str, float]
     ) -> tuple[EpochLog, list[torch.Tensor]]:
         """The optimiser steps of an epoch: what it gave, and the gradient norms before clipping."""
+        if self.head.solved:
+            return self._solve(epoch, schedule), []
         config, log, norms = self.config, EpochLog(), list[torch.Tensor]()
         self.head.train()
         batch_size = int(config.batch_size)
@@ -193,13 +196,24 @@ class Training:
             return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         return nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
 
-    @torch.no_grad()
+    def _solve(self, epoch: Sequence[Bag], schedule: Mapping[str, float]) -> EpochLog:
+        """An epoch of a head that finds its weights by itself: what it then says of the training cases."""
+        config = self.config
+        smoothing = 0.0 if config.label_smoothing == "auto" else config.label_smoothing
+        fit = Fit(self.class_weights, smoothing, config.standardize == "train", config.seed)
+        parts = micro_batches(epoch, config.patch_budget)
+        self.head.solve((self.bags.batch(part) for part in parts), fit, **schedule)
+        return self._watch(epoch, schedule)
+
     def validate(self, cases: Iterable[str]) -> EpochLog:
         """Losses and attention of cases with all their patches, by the model that is kept."""
+        schedule = self.model.schedule(self.config.epochs - 1, self.config.epochs)
+        return self._watch([self.bags.outlines[case] for case in cases], schedule)
+
+    @torch.no_grad()
+    def _watch(self, bags: Sequence[Bag], schedule: Mapping[str, float]) -> EpochLog:
         log, model = EpochLog(), self.model
         model.eval()
-        schedule = model.schedule(self.config.epochs - 1, self.config.epochs)
-        bags = [self.bags.outlines[case] for case in cases]
         for micro in micro_batches(bags, self.config.patch_budget):
             batch = self.bags.batch(micro)
             with autocast(self.bags.device, self.config.amp):
@@ -271,6 +285,18 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
     """The context of a forward pass; ``off``: float32."""
     kinds = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return torch.autocast(device.type, kinds[amp], enabled=amp != "off")
+
+
+def _check_solvable(head: Head, config: TrainConfig) -> None:
+    """Raises ConfigError if the head takes no optimiser steps, and what is asked for needs them."""
+    wrong = "ema_decay" if config.ema_decay else "loss" if config.loss != "cross_entropy" else None
+    if head.solved and wrong is not None:
+        raise ConfigError(
+            f"train.{wrong} is set, but this head is fitted by a solver, not step by step",
+            expected="ema_decay 0 and the loss cross_entropy, or another head",
+            where=f"train.{wrong}",
+            fix=f"--set train.{wrong}={TrainConfig.model_fields[wrong].default}",
+        )
 
 
 def _optimizer(head: Head, config: TrainConfig) -> torch.optim.Optimizer:

@@ -28,7 +28,8 @@ class Terms:
     Attributes:
         loss: (b,) class-weighted loss of every case, without penalties.
         penalties: By name, (b,), weighted: what is added to the loss.
-        aux_loss: A scalar that the head adds, or None.
+        aux_loss: A scalar, the batch's mean of what the head adds (a second classifier's loss, a loss
+            on instances), or None.
     """
 
     loss: torch.Tensor
@@ -49,7 +50,7 @@ class Objective:
 
     Args:
         train: Resolved (`heads.config.resolved`).
-        head: Whose levels the penalties may act on.
+        head: Whose levels the penalties may act on, and whose own loss is added in training.
         weights: (C,) class weights, or None.
 
     Raises:
@@ -57,7 +58,7 @@ class Objective:
     """
 
     def __init__(self, train: TrainConfig, head: Head, weights: torch.Tensor | None) -> None:
-        self._train, self._weights = train, weights
+        self._train, self._head, self._weights = train, head, weights
         self._loss = get_loss(train.loss)
         self._smoothing = 0.0 if train.label_smoothing == "auto" else train.label_smoothing
 
@@ -85,19 +86,36 @@ class Objective:
         """
         if batch.labels is None:
             raise ValueError("a batch without labels has no loss")
-        loss = self._loss(output.logits, batch.labels, self._smoothing)
-        if loss.shape != batch.labels.shape:
+        loss = self._case_loss(output.logits, batch.labels)
+        decay = self._train.reg_epoch_decay**epoch
+        penalties = {name: value * decay for name, value in self._penalties(output, batch).items() if decay}
+        return Terms(loss, penalties, self._aux_loss(output, batch.labels))
+
+    def _case_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """(b,) class-weighted loss of (b, C) logits."""
+        loss = self._loss(logits, labels, self._smoothing)
+        if loss.shape != labels.shape:
             raise ConfigError(
                 f"the loss {self._train.loss!r} gives a tensor of shape {tuple(loss.shape)}",
-                expected=f"one value a case: {tuple(batch.labels.shape)}",
+                expected=f"one value a case: {tuple(labels.shape)}",
                 where="train.loss",
                 fix="return the loss of every case, not their mean",
             )
-        if self._weights is not None:
-            loss = loss * self._weights[batch.labels]
-        decay = self._train.reg_epoch_decay**epoch
-        penalties = {name: value * decay for name, value in self._penalties(output, batch).items() if decay}
-        return Terms(loss, penalties, output.aux_loss)
+        return self._by_class(loss, labels)
+
+    def _by_class(self, loss: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return loss if self._weights is None else loss * self._weights[labels]
+
+    def _aux_loss(self, output: HeadOutput, labels: torch.Tensor) -> torch.Tensor | None:
+        parts = [] if output.aux_loss is None else [output.aux_loss]
+        if output.aux_logits is not None:
+            parts.append(self._case_loss(output.aux_logits, labels).mean())
+        # Without a gradient nothing is learned, and a head that is evaluated gets no labels.
+        if output.logits.requires_grad:
+            own = self._head.auxiliary_loss(output, labels)
+            if own is not None:
+                parts.append(self._by_class(own, labels).mean())
+        return sum(parts[1:], start=parts[0]) if parts else None
 
     def _penalties(self, output: HeadOutput, batch: BagBatch) -> dict[str, torch.Tensor]:
         train, found = self._train, dict[str, torch.Tensor]()

@@ -24,8 +24,22 @@ CASES = tuple(str(i) for i in range(1, 21))
 LABELS = {case: i % 2 for i, case in enumerate(CASES)}
 LONE = "3"  # a training case of a single patch
 SPLIT = Split(train=CASES[:12], val=CASES[12:16], test=CASES[16:])
-SMALL = {"embed_dim": 8, "attention_hidden": 6, "hidden_dim": 8, "attention_dim": 6}
+SMALL = {
+    "embed_dim": 8,
+    "attention_hidden": 6,
+    "hidden_dim": 8,
+    "attention_dim": 6,
+    "k_sample": 3,
+    "transmil_heads": 2,
+    "transmil_landmarks": 5,
+}
 BOTH = ("hierarchical", "dual_stream")
+FLAT = ("abmil", "gated_abmil", "dsmil", "clam_sb", "transmil", "mean", "max")
+HEADS = (*BOTH, *FLAT)
+PLAIN = ("mean", "max")  # without attention, so that no penalty can act on it
+SOLVED = ("linear",)  # fitted by a solver, without optimiser steps and without attention
+ORDERED = ("transmil",)  # the order of a case's patches matters
+POOLS = ("tanh", "gated", "multi_head", "transformer")  # of hierarchical
 
 
 def planted_slice(case: str, stain: str, slice_id: str, features: np.ndarray) -> Slice:

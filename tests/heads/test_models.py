@@ -1,8 +1,9 @@
-"""Both heads against plain NumPy, bag by bag."""
+"""hierarchical and dual_stream against plain NumPy, bag by bag; and what every head promises."""
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,32 +11,25 @@ import torch
 from torch import nn
 
 from featstore.bags import collate
+from featstore.errors import ConfigError
 from heads.config import DualStreamConfig, HierarchicalConfig
 from heads.models.dual_stream import DualStream, temperature_at
+from heads.models.head import Head, build_head
 from heads.models.hierarchical import Hierarchical
-from heads.models.outputs import effective_attention
+from heads.models.outputs import HeadOutput, effective_attention
 from heads.models.penalties import (
     confidence_penalty,
     elastic_net_penalty,
     entropy_penalty,
     segments_of_cases,
 )
+from heads.models.pooling import AttentionPool
+from heads.models.transformer import MultiHeadPool, TransformerPool
 from tests.heads.bags import make_bag, nested
+from tests.heads.in_numpy import pool, project, sigmoid, softmax, weights
+from tests.heads.planted import FLAT, ORDERED, POOLS, SOLVED, make_config
 
 DIM, CLASSES = 6, 3
-
-
-def weights(module: nn.Module) -> dict[str, np.ndarray]:
-    return {name: value.double().numpy() for name, value in module.state_dict().items()}
-
-
-def softmax(z: np.ndarray) -> np.ndarray:
-    e = np.exp(z - z.max())
-    return e / e.sum()
-
-
-def sigmoid(z: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-z))
 
 
 def bags(count: int = 3, seed: int = 0) -> list:
@@ -51,6 +45,13 @@ def hierarchical(kind: str) -> Hierarchical:
         CLASSES,
         HierarchicalConfig(embed_dim=8, attention_hidden=5, attention_pool=kind, dropout=0.0),  # type: ignore[arg-type]
     )
+    return ready(head)
+
+
+def ready(head: Head) -> Head:
+    """In float64, with a standardisation that changes something, and nowhere weights of 0."""
+    if head.solved:
+        nn.init.normal_(head.classifier.weight, generator=torch.Generator().manual_seed(0))  # type: ignore[union-attr, arg-type]
     head.standardize.mean.copy_(torch.linspace(-1, 1, DIM))
     head.standardize.std.copy_(torch.linspace(0.5, 2, DIM))
     return head.double()
@@ -66,18 +67,7 @@ def dual_stream(kind: str = "gated", fusion: str = "concat", hidden: bool = True
         fusion_method=fusion,
         dropout=0.0,  # type: ignore[arg-type]
     )
-    head = DualStream(DIM, CLASSES, config)
-    head.standardize.mean.copy_(torch.linspace(-1, 1, DIM))
-    head.standardize.std.copy_(torch.linspace(0.5, 2, DIM))
-    return head.double()
-
-
-def pool_in_numpy(w: dict, name: str, members: np.ndarray, gated: bool) -> tuple[np.ndarray, np.ndarray]:
-    hidden = np.tanh(members @ w[f"{name}.value.weight"].T + w[f"{name}.value.bias"])
-    if gated:
-        hidden = hidden * sigmoid(members @ w[f"{name}.gate.weight"].T + w[f"{name}.gate.bias"])
-    a = softmax((hidden @ w[f"{name}.weight.weight"].T + w[f"{name}.weight.bias"])[:, 0])
-    return a @ members, a
+    return ready(DualStream(DIM, CLASSES, config))
 
 
 @pytest.mark.parametrize("kind", ["tanh", "gated"])
@@ -92,17 +82,15 @@ def test_hierarchical_equals_its_formula(kind: str) -> None:
         for slices in nested(bag):
             members, of_stain = [], []
             for x in slices:
-                x = (x - w["standardize.mean"]) / w["standardize.std"]
-                h = np.maximum(x @ w["projector.weight"].T + w["projector.bias"], 0)
-                z, a = pool_in_numpy(w, "pools.patch", h, kind == "gated")
+                z, a = pool(w, "pools.patch", project(w, x), kind == "gated")
                 members.append(z)
                 of_stain.append(a)
-            z, b = pool_in_numpy(w, "pools.slice", np.stack(members), kind == "gated")
+            z, b = pool(w, "pools.slice", np.stack(members), kind == "gated")
             stains.append(z)
             of_case.append([weight * a for weight, a in zip(b, of_stain, strict=True)])
             found["patch"] += list(of_stain)
             found["slice"].append(b)
-        z, c = pool_in_numpy(w, "pools.stain", np.stack(stains), kind == "gated")
+        z, c = pool(w, "pools.stain", np.stack(stains), kind == "gated")
         found["stain"].append(c)
         effective += [weight * a for weight, each in zip(c, of_case, strict=True) for a in each]
         logits = z @ w["classifier.weight"].T + w["classifier.bias"]
@@ -112,6 +100,32 @@ def test_hierarchical_equals_its_formula(kind: str) -> None:
     got = effective_attention(output, collate(cases))
     assert got is not None
     assert np.allclose(got.detach(), np.concatenate(effective))
+
+
+@pytest.mark.parametrize(
+    ("kind", "pool"),
+    [
+        ("tanh", AttentionPool(8, 5, 0.3, "tanh")),
+        ("gated", AttentionPool(8, 5, 0.3, "gated")),
+        ("multi_head", MultiHeadPool(8, 5, 0.3)),
+        ("transformer", TransformerPool(8, 5, 0.3)),
+    ],
+)
+def test_hierarchical_has_three_pools_of_the_kind_that_is_asked_for(kind: str, pool: nn.Module) -> None:
+    settings = {"attention_pool": kind, "attention_hidden": 5, "attention_dropout": 0.3}
+    head = build_head(make_config("hierarchical", settings).head, DIM, CLASSES)
+    assert [repr(each) for each in head.pools.values()] == [repr(pool)] * 3  # type: ignore[operator, union-attr]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("hierarchical", "multi_head"), ("hierarchical", "transformer"), ("transmil", "tanh")],
+)
+def test_a_width_that_heads_cannot_share_is_refused(name: str, kind: str) -> None:
+    settings = {"embed_dim": 10, "attention_pool": kind, "transmil_heads": 4}
+    with pytest.raises(ConfigError, match=r"head\.embed_dim=12") as error:
+        build_head(make_config(name, settings).head, DIM, CLASSES)
+    assert error.value.exit_code == 2
 
 
 @pytest.mark.parametrize("kind", ["gated", "cosine", "dsmil", "abmil"])
@@ -153,30 +167,38 @@ def test_dual_stream_equals_its_formula(kind: str, fusion: str, hidden: bool) ->
 
 
 HEADS = [
-    *(
-        pytest.param(lambda kind=kind: hierarchical(kind), id=f"hierarchical-{kind}")
-        for kind in ("tanh", "gated")
-    ),
+    *(pytest.param(lambda kind=kind: hierarchical(kind), id=f"hierarchical-{kind}") for kind in POOLS),
     *(
         pytest.param(lambda kind=kind: dual_stream(kind), id=f"dual-{kind}")
         for kind in ("gated", "cosine", "dsmil", "abmil")
     ),
     pytest.param(lambda: dual_stream(fusion="cross_attn"), id="dual-cross"),
+    *(
+        pytest.param(lambda name=name: ready(build_head(make_config(name).head, DIM, CLASSES)), id=name)
+        for name in (*FLAT, *SOLVED)
+    ),
 ]
+
+
+def said(output: HeadOutput) -> dict[str, torch.Tensor]:
+    """Everything that a head says of each patch."""
+    found = {level: attention.weights for level, attention in output.attention.items()}
+    return found if output.instance_scores is None else {**found, "score": output.instance_scores}
 
 
 @pytest.mark.parametrize("make", HEADS)
 def test_attention_sums_to_one_in_every_segment(make) -> None:
-    batch = collate(bags())
-    output = make()(batch)
+    batch, head = collate(bags()), make()
+    output = head(batch)
+    assert set(head.levels) <= set(output.attention)
     for attention in output.attention.values():
-        sums = torch.zeros(len(attention.offsets) - 1, dtype=torch.float64)
-        for g in range(len(sums)):
-            sums[g] = attention.weights[attention.offsets[g] : attention.offsets[g + 1]].sum()
+        sums = torch.stack([a.sum(0) for a in attention.weights.tensor_split(attention.offsets[1:-1])])
         assert torch.allclose(sums, torch.ones_like(sums))
     effective = effective_attention(output, batch)
-    totals = torch.zeros(3, dtype=torch.float64).index_add(0, batch.patch_to_case, effective)
-    assert torch.allclose(totals, torch.ones(3, dtype=torch.float64))
+    assert (effective is None) == (not head.levels)
+    if effective is not None:
+        totals = torch.zeros(3, dtype=torch.float64).index_add(0, batch.patch_to_case, effective)
+        assert torch.allclose(totals, torch.ones(3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("make", HEADS)
@@ -185,34 +207,31 @@ def test_batching_cases_together_changes_nothing(make) -> None:
     together = head(collate(cases))
     alone = [head(collate([bag])) for bag in cases]
     assert torch.allclose(together.logits, torch.cat([each.logits for each in alone]))
-    for level, attention in together.attention.items():
-        assert torch.allclose(
-            attention.weights, torch.cat([each.attention[level].weights for each in alone])
-        )
+    for name, value in said(together).items():
+        assert torch.allclose(value, torch.cat([said(each)[name] for each in alone])), name
 
 
-@pytest.mark.parametrize("make", HEADS)
+@pytest.mark.parametrize("make", [each for each in HEADS if each.id not in ORDERED])
 def test_permuting_patches_permutes_attention(make) -> None:
-    from dataclasses import replace
-
     rng, bag = np.random.default_rng(1), bags(1)[0]
     starts = np.concatenate(([0], np.cumsum(bag.slice_sizes)))
     order = np.concatenate([rng.permutation(np.arange(a, b)) for a, b in itertools.pairwise(starts)])
     head = make()
     plain, moved = head(collate([bag])), head(collate([replace(bag, features=bag.features[order])]))
     assert torch.allclose(moved.logits, plain.logits)
-    assert torch.allclose(moved.attention["patch"].weights, plain.attention["patch"].weights[order])
+    for level in {"patch", "selection", "score"} & set(said(plain)):
+        assert torch.allclose(said(moved)[level], said(plain)[level][order])
 
 
 @pytest.mark.parametrize("make", HEADS)
 def test_gradients_are_right(make) -> None:
-    from dataclasses import replace
-
     head, batch = make(), collate(bags(2, seed=3))
 
     def forward(features: torch.Tensor) -> tuple[torch.Tensor, ...]:
         output = head(replace(batch, features=features))
-        return (output.logits, *(attention.weights for attention in output.attention.values()))
+        own = head.auxiliary_loss(output, batch.labels)
+        further = (output.aux_logits, own)
+        return (output.logits, *said(output).values(), *(each for each in further if each is not None))
 
     assert torch.autograd.gradcheck(forward, (batch.features.double().requires_grad_(),))
 
@@ -318,12 +337,14 @@ def test_penalties_have_finite_gradients_where_attention_vanishes_or_stands_alon
 
 @pytest.mark.parametrize("make", HEADS)
 def test_half_precision_features_and_autocast_work(make) -> None:
-    from dataclasses import replace
-
     head, batch = make().float(), collate(bags())
     plain = head(batch).logits
     assert torch.allclose(head(replace(batch, features=batch.features.half())).logits, plain, atol=2e-2)
     with torch.autocast("cpu", torch.bfloat16):
         low = head(batch)
     assert torch.allclose(low.logits.float(), plain, atol=0.1)
-    assert low.attention["patch"].weights.dtype == torch.float32
+    assert all(value.dtype == torch.float32 for value in said(low).values())
+    low.logits.sum().backward()
+    gradients = [p.grad for p in head.parameters() if p.grad is not None]
+    assert gradients
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 from featstore.errors import ConfigError
 from featstore.resident import CaseBags
 from heads.config import HeadConfig
-from heads.models import dual_stream, head, hierarchical  # noqa: F401 (they register themselves)
+from heads.evaluation.predict import PatchAttention, predict
+from heads.models import head
 from heads.models.head import build_head, load_plugin
 from heads.training import losses
-from tests.heads.planted import BOTH, DIM, make_bags, make_config, make_training, trained
+from tests import helpers
+from tests.heads.planted import DIM, HEADS, SOLVED, SPLIT, make_bags, make_config, make_training, trained
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,8 @@ def focal(logits, labels, smoothing):
 
 @pytest.fixture
 def registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is gone after it."""
+    """What a test registers is gone after it; our own, which register once a process, are not."""
+    head._know_our_own()
     monkeypatch.setattr(head, "_HEADS", dict(head._HEADS))
     monkeypatch.setattr(losses, "_LOSSES", dict(losses._LOSSES))
 
@@ -90,6 +94,28 @@ def test_a_plugin_brings_a_head_and_a_loss(bags: CaseBags, tmp_path: Path) -> No
     assert "head.options.widht" in error.value.where
     with pytest.raises(ConfigError, match="has no attention"):
         make_training(bags, make_config("my_mean", reg_weight_entropy=0.1))
+
+
+@pytest.mark.usefixtures("registries")
+def test_the_head_in_the_documentation_works_as_it_stands_there(bags: CaseBags, tmp_path: Path) -> None:
+    text = (helpers.ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert code.count("\n") < 40
+    (name,) = re.findall(r"--plugin mine.py --model (\w+)`", text)
+    file = tmp_path / "mine.py"
+    file.write_text(code)
+    load_plugin(file)
+    config = make_config(
+        name, {"options": {"width": 8}}, epochs=15, lr=0.02, patience=None, reg_weight_entropy=0.001
+    )
+    training = trained(bags, config)
+    first, last = training.progress.history[0], training.progress.history[-1]
+    assert last["train_cross_entropy"] < 0.5 * first["train_cross_entropy"]
+    assert {"train_entropy_penalty", "train_attention_entropy_patch"} <= first.keys()
+    table = PatchAttention(bags)
+    predict(training.head, bags, SPLIT.test, config.train, observe=table)
+    sums = table.table().groupby("case_id")["effective_attention"].sum()
+    assert sums.to_numpy() == pytest.approx(np.ones(len(SPLIT.test)), rel=1e-5)
 
 
 DATACLASS = """
@@ -127,7 +153,7 @@ def test_the_settings_of_a_plugin_may_be_of_any_type(tmp_path: Path) -> None:
 def test_an_unknown_head_names_the_nearest(name: str) -> None:
     with pytest.raises(ConfigError, match=f"no head '{name}'") as error:
         build_head(HeadConfig(name=name), DIM, 2)
-    assert all(known in error.value.expected for known in BOTH)
+    assert all(known in error.value.expected for known in (*HEADS, *SOLVED))
     nearest = {"hierarchcial": "write hierarchical", "dual-stream": "write dual_stream"}
     assert error.value.fix == nearest.get(name, "choose one, or register your own: head.plugin")
 

@@ -15,9 +15,10 @@ from heads.evaluation.predict import predict
 from heads.models.dual_stream import temperature_at
 from heads.training.loop import Training, TrainingError
 from tests.heads.planted import (
-    BOTH,
+    HEADS,
     LABELS,
     LONE,
+    PLAIN,
     SPLIT,
     Spy,
     make_bags,
@@ -87,7 +88,7 @@ def test_the_learning_rate_follows_its_scheduler(bags: CaseBags) -> None:
     assert rates(scheduler="cosine", min_lr=0.02) == pytest.approx(cosine)
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", HEADS)
 def test_the_validation_loss_is_the_plain_weighted_loss_of_everything(bags: CaseBags, name: str) -> None:
     weights = torch.tensor([0.5, 3.0])
     config = make_config(
@@ -97,8 +98,8 @@ def test_the_validation_loss_is_the_plain_weighted_loss_of_everything(bags: Case
         label_smoothing=0.2,
         use_class_weights=True,
         class_weights=weights.tolist(),
-        reg_weight_entropy=0.7,
-        reg_weight_l2=0.2,
+        reg_weight_entropy=0.0 if name in PLAIN else 0.7,
+        reg_weight_l2=0.0 if name in PLAIN else 0.2,
         per_slice_cap=1,
         sampling="random",
         bag_size=3,
@@ -110,7 +111,7 @@ def test_the_validation_loss_is_the_plain_weighted_loss_of_everything(bags: Case
         row = training.progress.history[-1]
         found = predict(training.head, bags, SPLIT.val, config.train, weights)
         assert row["val_cross_entropy"] == pytest.approx(found.loss, rel=1e-6)
-        assert row["val_loss"] > row["val_cross_entropy"] + 1e-4
+        assert name in PLAIN or row["val_loss"] > row["val_cross_entropy"] + 1e-4
         each = []
         for case in SPLIT.val:
             with torch.no_grad():
@@ -169,10 +170,10 @@ def test_validation_uses_the_temperature_of_the_end(bags: CaseBags) -> None:
     )
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("epochs", [1, 6])
 def test_a_loss_that_is_no_number_ends_the_training(bags: CaseBags, name: str, epochs: int) -> None:
-    training = make_training(bags, make_config(name, epochs=epochs, batch_size=12, lr=1e30))
+    training = make_training(bags, make_config(name, epochs=epochs, batch_size=12, lr=1e38))
     with pytest.raises(TrainingError, match="no longer a number") as error:
         training.run()
     assert error.value.exit_code == 1

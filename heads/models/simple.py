@@ -1,0 +1,61 @@
+"""The simplest heads: the mean or the maximum over the patches of a case."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from featstore.bags import BagBatch
+from heads.models.config import ProjectorConfig
+from heads.models.dropout import Dropout
+from heads.models.head import ProjectedHead, register_head
+from heads.models.outputs import HeadOutput
+from heads.models.pooling import segment_max, segment_sum
+
+
+@register_head("mean", ProjectorConfig)
+class Mean(ProjectedHead):
+    """Logits = W' Dropout(Σ h / N) over the N patches of a case, h = Dropout(ReLU(W x + b)).
+
+    It has no attention: every patch has the same share, and a table of equal shares would rank
+    patches that cannot be ranked.
+
+    Args:
+        dim: D, the number of features.
+        classes: C.
+        config: Width and dropouts.
+    """
+
+    def __init__(self, dim: int, classes: int, config: ProjectorConfig) -> None:
+        super().__init__(dim, config)
+        self.classifier_dropout = Dropout(config.rate(config.classifier_dropout))
+        self.classifier = nn.Linear(config.embed_dim, classes)
+
+    def forward(self, batch: BagBatch, **schedule: float) -> HeadOutput:
+        """Classify a batch.
+
+        Args:
+            batch: B cases.
+            schedule: Not used.
+
+        Returns:
+            Logits (B, C), no attention.
+        """
+        pooled = self.pool(self.embed(batch), batch.case_patch_offsets)
+        return HeadOutput(self.classifier(self.classifier_dropout(pooled)))
+
+    def pool(self, members: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """(B, E) embeddings of the cases, from (ΣP, E) of their patches."""
+        return segment_sum(members, offsets) / offsets.diff()[:, None]
+
+
+@register_head("max", ProjectorConfig)
+class Max(Mean):
+    """`Mean` with the maximum of every feature of h, each over all patches of the case.
+
+    One patch rarely gives them all, so that there is no attention either.
+    """
+
+    def pool(self, members: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """(B, E) embeddings of the cases, from (ΣP, E) of their patches."""
+        return segment_max(members, offsets)
