@@ -25,7 +25,8 @@ _OUT_OF_MEMORY = (
     "bad allocation",
 )
 # On CPUs a small batch stays in the caches; on GPUs a large one fills the processors, up to a point.
-_CPU_BATCH, _GPU_BATCH = 16, 512
+# At 224 px, where more do not fit into a core's caches, and of whatever size.
+_CPU_BATCH, _MOST_ON_CPU, _GPU_BATCH = 16, 128, 512
 # Patches of other sizes than the usual: as many pixels in a pass as this side would make.
 _USUAL_SIDE = 224
 # Bytes that a forward pass takes for each pixel of its input. Measured as growth of the peak resident
@@ -74,20 +75,29 @@ def choose_compute_dtype(amp: str, device: torch.device, stored: str | None) -> 
 
 
 def choose_batch_size(
-    batch_size: int | str, device: torch.device, compute_dtype: str, size: int | None = None
+    batch_size: int | str,
+    device: torch.device,
+    compute_dtype: str,
+    size: int | None = None,
+    runtime: str = FOLDED,
 ) -> int:
     """The number of patches in a forward pass.
 
     Args:
-        batch_size: The setting; ``auto``: 16 on a CPU, on a GPU what a quarter of its memory allows.
+        batch_size: The setting; ``auto``: on a CPU 16, of patches smaller than 224 px up to 128 with as
+            many pixels; on a GPU what a quarter of its memory allows.
         device: Where it runs.
         compute_dtype: Of the forward pass.
         size: Side of the configured size in px; None where every patch keeps its own.
+        runtime: What computes it; OpenVINO takes a few patches at a time, whatever the batch.
     """
     if batch_size != "auto":
         return int(batch_size)
     if device.type != "cuda":
-        return _CPU_BATCH
+        if size is None or runtime == OPENVINO:
+            return _CPU_BATCH
+        fitting = _CPU_BATCH * _USUAL_SIDE**2 // size**2
+        return _power_of_two(max(_CPU_BATCH, min(_MOST_ON_CPU, fitting)))
     # All of its memory, not what is free: a run that is resumed shall have the same batch, and bits.
     total = int(torch.cuda.get_device_properties(device).total_memory)
     return affordable_patches(total // 4, compute_dtype, size or _USUAL_SIDE)
@@ -96,7 +106,11 @@ def choose_batch_size(
 def affordable_patches(memory: int, compute_dtype: str, size: int) -> int:
     """The number of patches, a power of two, whose forward pass fits into so many bytes; 1 … 512."""
     fitting = memory // (BYTES_A_PIXEL[compute_dtype] * size**2)
-    return 1 << (max(1, min(_GPU_BATCH, fitting)).bit_length() - 1)
+    return _power_of_two(max(1, min(_GPU_BATCH, fitting)))
+
+
+def _power_of_two(most: int) -> int:
+    return 1 << (most.bit_length() - 1)
 
 
 def choose_runtime(text: str, device: torch.device, stored: str | None) -> str:

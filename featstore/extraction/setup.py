@@ -70,6 +70,7 @@ def make_embedder(
             device,
             spec.compute_dtype,
             None if backbone.preprocessing.is_native else backbone.preprocessing.size,
+            spec.runtime,
         ),
         spec.runtime,
         config.extract.compile,

@@ -15,7 +15,13 @@ import torch
 from featstore.extraction import committer as committing
 from featstore.extraction import utilisation
 from featstore.extraction.committer import Batch, Committer
-from featstore.extraction.forward import BYTES_A_PIXEL, affordable_patches, choose_batch_size
+from featstore.extraction.forward import (
+    BYTES_A_PIXEL,
+    FOLDED,
+    OPENVINO,
+    affordable_patches,
+    choose_batch_size,
+)
 from featstore.extraction.utilisation import BusyClock
 from featstore.store import StoreWriter
 from tests.extraction.test_schedule import PENDING, ROWS, SPEC, VIEWS, batch, contents
@@ -120,3 +126,21 @@ def test_the_batch_size_is_as_asked_or_fits_the_device(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory)
     )
     assert choose_batch_size(setting, torch.device(device), "bfloat16", 224) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "runtime", "expected"),
+    [
+        (32, FOLDED, 128),
+        (64, FOLDED, 128),
+        (128, FOLDED, 32),
+        (224, FOLDED, 16),
+        (448, FOLDED, 16),
+        (None, FOLDED, 16),
+        (64, OPENVINO, 16),
+    ],
+)
+def test_on_a_cpu_small_patches_go_in_batches_of_as_many_pixels(
+    size: int | None, runtime: str, expected: int
+) -> None:
+    assert choose_batch_size("auto", torch.device("cpu"), "bfloat16", size, runtime) == expected
