@@ -155,8 +155,7 @@ def rm(
     """Take embeddings out of the store, by case, stain and slice."""
     from featstore.store.maintenance import rm as remove
 
-    removed = remove(call.project / call.config.store.path, case, stain, slices, apply)
-    call.answer(removed)
+    call.answer(remove(call.project / call.config.store.path, case, stain, slices, apply))
 
 
 @command(("imports", "store", "labels"), in_project=None)
@@ -208,9 +207,10 @@ def train_head(
 
     def show(progress: TrainingProgress, epochs: int) -> None:
         row = progress.history[-1]
+        rate = "penalty" if "penalty" in row else "lr"  # of a head that is solved, not stepped
         call.tell(
             f"epoch {progress.epoch:3}/{epochs}  loss {row['train_loss']:.4f}  "
-            f"val {row['val_cross_entropy']:.4f}  AUC {row['val_auc']:.3f}  lr {row['lr']:.2g}  "
+            f"val {row['val_cross_entropy']:.4f}  AUC {row['val_auc']:.3f}  {rate} {row[rate]:.2g}  "
             f"{row['seconds']:.2f} s{'  best' if progress.best_epoch == progress.epoch else ''}"
         )
 

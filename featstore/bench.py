@@ -34,7 +34,10 @@ from featstore.images import decoder_name
 from featstore.process import keep_freed_memory, usable_cores
 from featstore.spec import EmbeddingSpec
 from featstore.store import StoreWriter
+from featstore.store.records import read_manifest
 
+# Settings of ``extract`` that are part of the fingerprint.
+_ANOTHER_MAKE = ("amp", "runtime")
 # Fewer cases would not stand for a cohort, whatever their size.
 _CASES = 8
 
@@ -59,7 +62,11 @@ def bench_extract(
     found = scan(folder, config.patches, config.stains, config.exclude, base=project)
     table = _spread(found.table, sample)
     backbone = build_backbone(config.backbone, project)
-    spec = describe(config, backbone, device, None)
+    # As `extract` would go on there; what another tool made is no pattern for anything.
+    existing = read_manifest(project / config.store.path)
+    if existing is not None and existing.is_imported:
+        existing = None
+    spec = describe(config, backbone, device, existing)
     if device.type == "cpu":
         keep_freed_memory()
     runner = Runner(config, Scan(table, folder), backbone, spec, device)
@@ -87,6 +94,7 @@ def bench_extract(
         pipeline_rate=pipeline,
         limit=limit,
         fraction_of_limit=fraction,
+        fractions=tuple(result[-1] for result in results),
         rounds=rounds,
         patches=len(table),
         settings={
@@ -94,6 +102,7 @@ def bench_extract(
             "device": str(device),
             "runtime": spec.runtime,
             "dtype": spec.compute_dtype,
+            "views": spec.views,
             "batch size": runner.embedder.batch_size,
             "decoding threads": runner.workers,
             "torch threads": torch.get_num_threads(),
@@ -202,7 +211,7 @@ class Runner:
             return Alternative(setting, statistics.median(ratios), min(ratios), "decoding", note)
         extract = self.config.extract.model_copy(update={name: value})
         config = self.config.model_copy(update={"extract": extract})
-        spec = describe(config, self.backbone, self.device, None)
+        spec = describe(config, self.backbone, self.device, None if name in _ANOTHER_MAKE else self.spec)
         with contextlib.closing(make_embedder(config, self.backbone, self.device, spec)) as embedder:
             batches = self._batches_for(embedder)
             if name == "batch_size" and list(map(len, batches)) == list(map(len, self._batches)):

@@ -44,6 +44,7 @@ class ExtractBench:
         limit: Where decoding and backbone share the cores, 1 / (1/model + 1/decode);
             beside a GPU, the slower of the two.
         fraction_of_limit: Median of pipeline_rate / limit, round by round.
+        fractions: All of them.
         rounds: How many rounds.
         patches: Patches a round.
         settings: Device, runtime, precision, batch size, decoding threads, PyTorch's threads.
@@ -59,6 +60,7 @@ class ExtractBench:
     rounds: int
     patches: int
     settings: dict[str, Any]
+    fractions: tuple[float, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
     untried: tuple[str, ...] = ()
 
@@ -77,8 +79,15 @@ class ExtractBench:
             f"  backbone alone   {self.model_rate:>9,.1f} patches/s\n"
             f"  limit of both    {self.limit:>9,.1f} patches/s\n"
             f"  extraction       {self.pipeline_rate:>9,.1f} patches/s, "
-            f"{self.fraction_of_limit:.2f} of the limit" + "".join(f"\n{line}" for line in self._advice())
+            f"{self.fraction_of_limit:.2f} of the limit{self._rounds()}"
+            + "".join(f"\n{line}" for line in self._advice())
         )
+
+    def _rounds(self) -> str:
+        """Each rate is a median of its own, so that their ratio is another number."""
+        if not self.fractions:
+            return ""
+        return f" (round by round {min(self.fractions):.2f} to {max(self.fractions):.2f})"
 
     def _advice(self) -> list[str]:
         tried = sorted(self.alternatives, key=lambda other: -other.times_as_fast)

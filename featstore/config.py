@@ -153,7 +153,9 @@ class ExtractConfig(Section):
     compile: bool = Field(False, description="torch.compile the backbone: pays in long runs only")
     dtype: Literal["float16", "float32"] = Field("float16", description="dtype of stored embeddings")
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="patches a forward pass; auto: 16 on a CPU, on a GPU up to 512, by its memory"
+        "auto",
+        description="patches a forward pass; auto: on a CPU 16, with PyTorch up to 128 small "
+        "ones; on a GPU up to 512, by its memory",
     )
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="decoding threads; auto: one a core"

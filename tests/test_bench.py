@@ -146,3 +146,12 @@ def test_a_sample_has_as_many_patches_a_case_as_the_cohort_or_comes_from_eight(
     assert len(found) == count
     assert found.index.is_monotonic_increasing
     assert {found["case_id"].iloc[0], found["case_id"].iloc[-1]} == {"0", str(cases - 1)}
+
+
+def test_what_a_store_is_made_with_is_measured(tmp_path: Path) -> None:
+    """It is what `extract` would go on with there."""
+    project = make_project(tmp_path, cases=1, stains=("h&e",), slices=1, patches=8)
+    answer(project, "extract", "--views", 2, "--view-seed", 3)
+    assert answer(project, "bench", "extract")["settings"]["views"] == 2
+    assert "by torch, folded; 2 views (seed 3)" in succeeded(project, "info").output
+    assert answer(project, "bench", "extract", "--store-path", "another")["settings"]["views"] == 1

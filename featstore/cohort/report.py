@@ -56,6 +56,7 @@ class CohortReport:
             _grid(_cohort_rows(data)),
             _grid(_spread_rows(data)),
             _titled("Left out", _left_out_lines(data)),
+            _titled("Incomplete", _incomplete_lines(data)),
             _titled("Ids", _id_lines(data)),
             _titled("Sizes", _size_lines(data)),
             _titled("Colours (red and blue)", _color_lines(data)),
@@ -153,7 +154,6 @@ def _left_out_lines(data: dict[str, Any]) -> Iterable[str]:
         ("cases without a label", left["cases_without_label"]),
         ("labels without patches", left["labels_without_patches"]),
         ("class not mapped", [f"{case} ({raw})" for case, raw in left["unmapped"].items()]),
-        ("cases that lack a stain", [f"{c} ({', '.join(s)})" for c, s in data["missing_stains"].items()]),
     )
     for title, items in named:
         if items:
@@ -166,6 +166,12 @@ def _left_out_lines(data: dict[str, Any]) -> Iterable[str]:
         yield "files passed over: " + ", ".join(f"{n:,} {suffix}" for suffix, n in data["ignored"].items())
     if data["links_skipped"]:
         yield f"links not followed: {shorten(data['links_skipped'])}"
+
+
+def _incomplete_lines(data: dict[str, Any]) -> Iterable[str]:
+    lacking = [f"{case} ({', '.join(stains)})" for case, stains in data["missing_stains"].items()]
+    if lacking:
+        yield f"cases that lack a stain, and take part: {len(lacking):,}: {shorten(lacking)}"
 
 
 def _id_lines(data: dict[str, Any]) -> Iterable[str]:

@@ -128,7 +128,10 @@ def summarize(store: Store) -> StoreSummary:
 
 def _backbone(spec: dict[str, Any]) -> str:
     stored = f"{spec['backbone']}, {spec['dim']} features as {spec['stored_dtype']}"
-    return stored if _is_imported(spec) else f"{stored}, computed in {spec['compute_dtype']}"
+    if _is_imported(spec):
+        return stored
+    views = f"; {spec['views']} views (seed {spec.get('view_seed', 0)})" if spec.get("views", 1) > 1 else ""
+    return f"{stored}, computed in {spec['compute_dtype']} by {spec.get('runtime', 'torch')}{views}"
 
 
 def _weights(spec: dict[str, Any]) -> str:

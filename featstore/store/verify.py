@@ -117,7 +117,12 @@ def check_root(path: Path, report: VerifyReport) -> Description:
         add(entry.name, "link" if entry.is_symlink() else kind, "no file of a store", damage=False)
     kept = sum(1 for _ in quarantined(path))
     if kept:
-        add(QUARANTINE, "quarantine", f"{kept:,} damaged files lie here", damage=False)
+        add(
+            QUARANTINE,
+            "quarantine",
+            f"{kept:,} damaged files lie here; when nobody needs them: gc --quarantine --apply",
+            damage=False,
+        )
     return description
 
 

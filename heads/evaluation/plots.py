@@ -234,7 +234,7 @@ def _history_figures(history: pd.DataFrame) -> Iterator[tuple[str, Figure | None
     yield "learning_rate", _rate_figure(history)
     norm = _Panel("gradient norm", [_Line("grad_norm", "training")], "auto")
     variance = _Panel("variance of batch losses", _both("batch_loss_variance"), "auto")
-    yield "gradient_norm", _figure(history, "Gradients", [norm, variance])
+    yield "gradient_norm", _figure(history, "Batches", [norm, variance])
     entropy = _Panel("entropy H (nats)", _levels("attention_entropy"))
     effective = _Panel("effective instances exp(H)", _levels("effective_instances"), "auto")
     largest = _Panel("largest weight", _levels("top1_attention"), "share")

@@ -107,8 +107,11 @@ class Zygote:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()
-        self._process.wait(10)
-        self._process.stdout.close()
+        try:
+            self._process.wait(60)
+        finally:
+            self._process.kill()  # does nothing where it has ended
+            self._process.stdout.close()
 
 
 @pytest.fixture(scope="session")

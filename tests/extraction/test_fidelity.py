@@ -23,11 +23,12 @@ from PIL import Image
 
 from featstore.backbones import build_backbone
 from featstore.config import BackboneConfig
-from featstore.extraction.forward import choose_compute_dtype
+from featstore.extraction.forward import FOLDED, choose_compute_dtype, make_embedder
 from featstore.store import Store
 from tests import helpers
 from tests.bench.tissue_tiles import sides, sources
 from tests.command_line import write_config
+from tests.extraction.runtimes import tissue
 from tests.extraction.test_extract import run
 from tests.extraction.test_native import features_by_path
 
@@ -193,3 +194,17 @@ def test_so_it_is_with_patches_of_all_sizes(many: Cohort, kind: str, runtime: st
 
 if __name__ == "__main__":
     extract_here(Path(sys.argv[1]), json.loads(sys.argv[2]))
+
+
+@pytest.mark.skipif(choose_compute_dtype("auto", CPU, None) != "bfloat16", reason="a CPU without bfloat16")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["densenet121", "resnet50"])
+@pytest.mark.parametrize("side", [32, 40, 64])
+def test_in_bfloat16_real_networks_compute_small_patches_as_if_alone(side: int, name: str) -> None:
+    """Kernels are chosen by the number of patches, and where maps are small they round differently."""
+    backbone = build_backbone(BackboneConfig(name=name, weights="random:0", resize="native"), Path())
+    made = make_embedder(backbone, CPU, "bfloat16", "float32", 16, FOLDED, False)
+    pixels = tissue(96, side, side)
+    together = made(pixels).result()
+    for row, picture in enumerate(pixels):
+        assert made(picture[None]).result()[0].tobytes() == together[row].tobytes(), row
