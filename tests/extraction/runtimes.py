@@ -160,8 +160,10 @@ def test_forward_size_keeps_the_configured_size_and_spends_a_budget_on_others(
     with embedder(tiny, runtime, "bfloat16") as made:
         assert made.forward_size(32, 32) == made.batch_size == 8
         assert made.forward_size(2000, 3000) == 1
+    # PyTorch takes no more than give the bits of one alone; OpenVINO takes them one by one anyway.
+    expected = [4, 8, 15 if runtime == "openvino" else 8]
     with embedder(tiny_native, runtime, "bfloat16") as made:
-        assert [made.forward_size(*s) for s in ((224, 224), (224, 112), (112, 113))] == [8, 16, 31]
+        assert [made.forward_size(*s) for s in ((224, 448), (224, 224), (112, 225))] == expected
 
 
 def test_pytorch_on_a_cpu_takes_other_sizes_one_by_one_in_float32(tiny: Backbone) -> None:
