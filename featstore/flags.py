@@ -1,7 +1,7 @@
 """Commands whose flags are the settings: every field of a config, on every command.
 
 Typer does the parsing; this says which flags there are and lays the config together. It knows
-no particular config: `cli.py` hands over the whole one, heads and training included.
+no particular config: `cli` hands over the whole one, heads and training included.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import typer
 from pydantic import BaseModel
 from typer.core import TyperGroup
+from typer.models import OptionInfo
 
 from featstore import settings
 from featstore.errors import ConfigError, FeatstoreError
@@ -101,16 +102,17 @@ class CommandLine(Generic[C]):
     """
 
     def __init__(self, model: type[C], summary: str) -> None:
-        sections: dict[str, Sequence[str]] = {}
+        names: dict[str, dict[str, list[str]]] = {}
+        everywhere = settings.flag_names(model)
 
         class Canonical(Commands):
             def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> Any:
                 words = list(sys.argv[1:] if args is None else args)
                 command = next((word for word in words if not word.startswith("-")), "")
-                names = settings.flag_names(model, sections.get(command, ()))
-                return super().main(canonical(words, names), *more, **extra)
+                known = names.get(command, everywhere)
+                return super().main(canonical(words, known), *more, **extra)
 
-        self._sections = sections
+        self._names = names
         self.app = typer.Typer(
             cls=Canonical,
             no_args_is_help=True,
@@ -136,17 +138,24 @@ class CommandLine(Generic[C]):
                 all the same, if need be as ``--section-key``.
             in_project: Whether a `featstore.yaml` must be there; None: it is read if it is.
             presets: Settings that the command's own options stand for.
+
+        A command's own option takes its name from a setting that has the same (`train-head --folds`),
+        whose flag is then ``--section-key``.
         """
 
         def register(function: Callable[..., None]) -> Callable[..., None]:
             own = list(inspect.signature(function).parameters.values())[1:]
             own = [p.replace(annotation=_annotations(function)[p.name]) for p in own]
             name = function.__name__.rstrip("_").replace("_", "-")
+            options = [p for p in own if isinstance(p.default, OptionInfo)]
+            taken = {f"--{p.name.replace('_', '-')}" for p in options if not p.default.param_decls}
+            found = settings.flag_names(self._model, shown).items()
+            names = {path: [flag for flag in flags if flag not in taken] for path, flags in found}
 
             def run(**values: Any) -> None:
                 mine = {p.name: values[p.name] for p in own}
                 try:
-                    call = self._call(values, shown, in_project, presets(mine) if presets else {})
+                    call = self._call(values, names, in_project, presets(mine) if presets else {})
                     function(call, **mine)
                 except FeatstoreError as error:
                     print(f"featstore {name}: {error}", file=sys.stderr)
@@ -164,8 +173,8 @@ class CommandLine(Generic[C]):
                     )
                     raise typer.Exit(2) from error
 
-            self._sections[name] = shown
-            parameters = [*own, *_common(), *self._setting_flags(shown)]
+            self._names[name] = names
+            parameters = [*own, *_common(), *self._setting_flags(shown, names)]
             run.__name__, run.__doc__ = function.__name__, function.__doc__
             run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
             run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -174,8 +183,9 @@ class CommandLine(Generic[C]):
 
         return register
 
-    def _setting_flags(self, shown: Sequence[str]) -> list[inspect.Parameter]:
-        names = settings.flag_names(self._model, shown)
+    def _setting_flags(
+        self, shown: Sequence[str], names: Mapping[str, Sequence[str]]
+    ) -> list[inspect.Parameter]:
         parameters = []
         for leaf in settings.leaves(self._model):
             flag = names[leaf.path][0]
@@ -196,7 +206,11 @@ class CommandLine(Generic[C]):
         return parameters
 
     def _call(
-        self, values: dict[str, Any], shown: Sequence[str], in_project: bool | None, presets: dict[str, Any]
+        self,
+        values: dict[str, Any],
+        names: Mapping[str, Sequence[str]],
+        in_project: bool | None,
+        presets: dict[str, Any],
     ) -> Call[C]:
         """The settings: defaults, featstore.yaml, --config, --set, flags; the last word wins."""
         here = Path.cwd()
@@ -219,7 +233,6 @@ class CommandLine(Generic[C]):
             layers.add(self._model, read_file(values["config_file"]), str(values["config_file"]))
         for text in values["assignments"] or ():
             layers.add(self._model, settings.parse_assignment(text, self._model), f"--set {text}")
-        names = settings.flag_names(self._model, shown)
         for leaf in settings.leaves(self._model):
             value, flag = values[leaf.path.replace(".", "__")], names[leaf.path][0]
             if isinstance(value, str):

@@ -80,6 +80,12 @@ class CaseBags:
             else:
                 self._check_views()
 
+    @property
+    def bytes(self) -> int:
+        """What the embeddings in memory take, views included."""
+        held = [each for each in (self.resident, self._views) if each is not None]
+        return sum(each.numel() * each.element_size() for each in held)
+
     def _load(self, row: tuple[int, ...], read: Callable[[str, torch.Tensor], object]) -> torch.Tensor:
         """All cases' rows in one tensor on the device; of the others no more than one case is held."""
         held = self._none.new_empty((sum(map(len, self.outlines.values())), *row), device=self.device)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,21 @@ from featstore.store import Store
 from heads.config import Config
 
 
+@dataclass(frozen=True)
+class Cohort:
+    """The labelled cases that have embeddings.
+
+    Attributes:
+        class_names: In config order.
+        labels: Class index of every case.
+        groups: Group of some cases.
+    """
+
+    class_names: list[str]
+    labels: dict[str, int]
+    groups: dict[str, str]
+
+
 def read_cohort(
     config: Config, project: Path, store: Store, tell: Callable[[str], None]
 ) -> tuple[list[str], dict[str, int], Split]:
@@ -37,6 +52,13 @@ def read_cohort(
     Raises:
         FeatstoreError: Labels or split cannot be used, or no labelled case has embeddings.
     """
+    cohort = labelled_cases(config, project, store, tell)
+    split = _choose_split(config, project, cohort.labels, cohort.groups, cohort.class_names, tell)
+    return cohort.class_names, labels_of(split, cohort.labels), split
+
+
+def labelled_cases(config: Config, project: Path, store: Store, tell: Callable[[str], None]) -> Cohort:
+    """The cases that have a label and embeddings; arguments and errors as `read_cohort`."""
     labels = read_labels(config.labels, config.classes, project, config.patches.normalize_cases)
     normalize = config.patches.normalize_cases
     out = {normalize_case(case) if normalize else case for case in config.exclude}
@@ -59,9 +81,67 @@ def read_cohort(
         count = f"{len(unmapped)} cases are of no named class"
         tell(f"warning: {count} and take no part: {_some(unmapped)}")
     groups = read_groups(config.groups, project, config.patches.normalize_cases)
-    split = _choose_split(config, project, known, groups, labels.class_names, tell)
-    chosen = {case: known[case] for part in split.parts().values() for case in part}
-    return labels.class_names, chosen, split
+    return Cohort(labels.class_names, known, groups)
+
+
+def read_folds(
+    config: Config, project: Path, cohort: Cohort, folds: int | None, tell: Callable[[str], None]
+) -> dict[int, Split]:
+    """The splits of a study, by fold: those given, else those of the project, else made now.
+
+    Args:
+        config: The project's settings.
+        project: The folder that relative paths start from.
+        cohort: The cases.
+        folds: How many are asked for; None: as many as there are.
+        tell: Called with remarks.
+
+    Raises:
+        FeatstoreError: The files cannot be used, or are not as many as asked for; a class is too small.
+    """
+    given = project / (config.train.load_splits or config.split.path)
+    files = [given] if given.is_file() else sorted(given.glob("data_splits_*.npz"))
+    if config.train.fold is not None:
+        raise ConfigError(
+            f"train.fold is {config.train.fold}, but a study trains every fold",
+            expected="--fold for one training, --folds and --seeds for a study",
+            where="train.fold, --folds, --seeds",
+            fix="leave out --fold (or train.fold: null)",
+        )
+    if not files and config.train.load_splits:
+        raise ConfigError(
+            f"there are no splits in {given}",
+            expected="a file of a split, or a folder of data_splits_01.npz, …",
+            where="train.load_splits",
+            fix="check the path, or make splits with `featstore split`",
+        )
+    if files and folds not in (None, len(files)):
+        raise ConfigError(
+            f"--folds is {folds}, but {given} holds {len(files)} splits",
+            expected="as many folds as there are splits",
+            where="--folds, train.load_splits, split.path",
+            fix="leave out --folds, or have new splits made in another folder: --split-path FOLDER",
+        )
+    if not files:
+        count, seed = folds or config.split.folds, config.split.seed
+        made = make_splits(cohort.labels, cohort.groups, count, seed, cohort.class_names)
+        tell(f"splits: {f'{count} folds' if count else '60/20/20'}, made now (seed {seed})")
+        return dict(enumerate(made))
+    found: dict[int, Split] = {}
+    for file in files:
+        number = file.stem.rpartition("_")[2]
+        fold = int(number) - 1 if not given.is_file() and number.isdecimal() else len(found)
+        split, out = read_split(file, list(cohort.labels), cohort.groups, config.patches.normalize_cases)
+        if out:
+            tell(f"warning: {file.name}: {len(out)} cases stand in no part of it: {_some(out)}")
+        found[fold] = split
+    tell(f"splits: {len(found)} of {given}")
+    return found
+
+
+def labels_of(split: Split, labels: Mapping[str, int]) -> dict[str, int]:
+    """Class index of every case of the split, in natural order: their place in memory depends on it."""
+    return {case: labels[case] for case in natural_sorted(c for p in split.parts().values() for c in p)}
 
 
 def _choose_split(

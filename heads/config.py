@@ -131,6 +131,9 @@ class TrainConfig(Section):
     memory_gb: Annotated[float, Field(ge=0, le=1e6)] | Auto = Field(
         "auto", description="embeddings kept in memory; more are read in every epoch; auto: half of it"
     )
+    processes: Annotated[int, Field(ge=1, le=256)] | Auto = Field(
+        "auto", description="trainings of a study at once, which share the threads; auto: by their size"
+    )
     load_splits: str | None = Field(
         None, description="npz file of a split, or a folder of them", json_schema_extra=PATH
     )

@@ -8,7 +8,8 @@ from pathlib import Path
 from heads.config import Config
 from heads.evaluation.planted import PlantedRank, planted_rank
 from heads.evaluation.results import ATTENTION
-from heads.project import TrainedRun, train_project
+from heads.project import train_project
+from heads.run import TrainedRun
 
 # What `featstore.demo` writes beside the patches.
 _PLANTED = "planted.csv"

@@ -19,8 +19,9 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
+import heads.cohort
 import heads.evaluation.results
-import heads.project
+import heads.run
 from featstore.bags import collate
 from featstore.store import Store
 from heads.evaluation.checkpoints import load_best
@@ -218,9 +219,9 @@ def test_the_same_seed_gives_the_same_run(project: Path) -> None:
 
 
 _CHILD = """
-import sys, time, pathlib, cli, heads.evaluation.results, heads.project
+import sys, time, pathlib, cli, heads.evaluation.results, heads.run
 from heads.training.loop import Training
-heads.project.SAVE_SECONDS, epoch = 0.0, Training._epoch
+heads.run.SAVE_SECONDS, epoch = 0.0, Training._epoch
 Training._epoch = lambda self: (epoch(self), time.sleep(0.05))
 pathlib.Path(sys.argv[1]).touch()
 while not pathlib.Path("go").exists(): time.sleep(0.001)
@@ -272,7 +273,7 @@ def test_stopped_or_killed_and_resumed_equals_a_run_that_was_not(project: Path) 
 def test_the_threshold_comes_from_the_validation_cases(project: Path) -> None:
     run = RunFolder(train(project, "--threshold", "validation", "--epochs", 2))
     config, about = read_config(run), read_about(run)
-    bags = heads.project.load_bags(config, Store.open(project / "store"), about["labels"], print)
+    bags = heads.cohort.load_bags(config, Store.open(project / "store"), about["labels"], print)
     val = [str(case) for case in npz(run.splits)["val_cases"]]
     seen = predict(load_best(run, config, about), bags, val, config.train)
     threshold = youden_threshold(seen.labels, seen.probabilities[:, 1])
@@ -311,13 +312,13 @@ def test_sub_cases_act_in_training_alone(project: Path) -> None:
 
 def test_curves_are_drawn_while_it_trains(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[int, set[str]]] = []
-    draw = heads.project.plot_history
+    draw = heads.run.plot_history
 
     def watch(table: pd.DataFrame, folder: Path) -> None:
         draw(table, folder)
         drawn.append((len(table), set(os.listdir(folder))))
 
-    monkeypatch.setattr(heads.project, "plot_history", watch)
+    monkeypatch.setattr(heads.run, "plot_history", watch)
     train(project, "--plot-every", 2, "--epochs", 3)
     ((epochs, files),) = drawn
     assert (epochs, "model_loss.png" in files, "results.json" in files) == (2, True, False)

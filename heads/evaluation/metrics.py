@@ -24,6 +24,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Labels = NDArray[np.integer[Any]]
 Scores = NDArray[np.floating[Any]]
+Threshold = float | Floats | None
 
 ECE_BINS = 10
 LEVEL = 0.95
@@ -79,7 +80,7 @@ class Metrics:
     confusion_matrix: Ints  # (C, C), how many cases of the row's true class got the column's class
     class_names: tuple[str, ...]  # in config order
     n: int  # cases
-    threshold: float | None  # the least probability called positive; None: the most probable class
+    threshold: Threshold  # the least probability called positive; None: the most probable
     resamples: int
     seed: int
 
@@ -90,6 +91,7 @@ class Metrics:
         content["recall"] = {name: estimate.to_json() for name, estimate in self.recall.items()}
         content["confusion_matrix"] = self.confusion_matrix.tolist()
         content["class_names"] = list(self.class_names)
+        content["threshold"] = None if self.threshold is None else np.asarray(self.threshold).tolist()
         content["positive_class"] = self.class_names[1] if len(self.class_names) == 2 else None
         return content | {"interval": f"{LEVEL:.0%} percentile bootstrap over cases"}
 
@@ -99,7 +101,7 @@ def evaluate(
     probabilities: Scores,
     class_names: Sequence[str],
     *,
-    threshold: float | None = None,
+    threshold: Threshold = None,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Metrics:
@@ -114,7 +116,7 @@ def evaluate(
         true: (N,) class indices in config order.
         probabilities: (N, C), rows summing to 1.
         class_names: C ≥ 2 names in config order; of two, the last is the positive class.
-        threshold: Of two classes, from validation; None: the most probable class, the first of equals.
+        threshold: Of two classes, from validation, or (N,); None: the most probable, the first of equals.
         resamples: How many bootstrap resamples; 0 for no intervals.
         seed: Of the resamples.
 
@@ -127,14 +129,14 @@ def evaluate(
     (n, classes), names = p.shape, tuple(map(str, class_names))
     confusion = np.bincount(label * classes + predicted, minlength=classes**2).reshape(classes, classes)
     absent = [names[c] for c in np.flatnonzero(~confusion.any(axis=1))]
-    point = _statistics(np.ones((1, n)), label, p, predicted)
+    point = weighted_statistics(np.ones((1, n)), label, p, predicted)
     resampled: dict[str, list[Floats]] = {name: [] for name in point}
     generator, size = np.random.default_rng(seed), max(1, BLOCK // n)
     for start in range(0, resamples, size):
-        weights = _resample(generator, min(size, resamples - start), n)
-        for name, values in _statistics(weights, label, p, predicted).items():
+        weights = resample(generator, min(size, resamples - start), n)
+        for name, values in weighted_statistics(weights, label, p, predicted).items():
             resampled[name].append(values)
-    estimates = {name: _estimate(float(point[name][0]), resampled[name], absent) for name in point}
+    estimates = {name: interval_of(float(point[name][0]), resampled[name], absent) for name in point}
     recall = {name: estimates.pop(f"recall {index}") for index, name in enumerate(names)}
     return Metrics(
         **estimates, recall=recall, confusion_matrix=confusion, class_names=names,
@@ -190,13 +192,13 @@ def youden_threshold(true: Labels, probability_of_positive: Scores) -> float:
     return float(best[np.abs(best - 0.5).argmin()])
 
 
-def _resample(generator: np.random.Generator, resamples: int, n: int) -> Floats:
+def resample(generator: np.random.Generator, resamples: int, n: int) -> Floats:
     """How often every case is drawn: (resamples, N), each row summing to N."""
     drawn = generator.integers(n, size=(resamples, n)) + n * np.arange(resamples)[:, None]
     return np.bincount(drawn.ravel(), minlength=resamples * n).reshape(resamples, n).astype(np.float64)
 
 
-def _statistics(weights: Floats, true: Ints, p: Floats, predicted: Ints) -> dict[str, Floats]:
+def weighted_statistics(weights: Floats, true: Ints, p: Floats, predicted: Ints) -> dict[str, Floats]:
     """Every metric under every weighting of the cases.
 
     With ``weights`` (R, N), how often each case counts, ``true`` (N,), ``p`` (N, C) and ``predicted``
@@ -233,7 +235,7 @@ def _statistics(weights: Floats, true: Ints, p: Floats, predicted: Ints) -> dict
 
 
 def _calibration(weights: Floats, true: Ints, p: Floats, predicted: Ints) -> dict[str, Floats]:
-    """Brier score, log loss and ECE, arguments and result as ``_statistics``."""
+    """Brier score, log loss and ECE, arguments and result as ``weighted_statistics``."""
     n, classes = p.shape
     own, confidence = np.clip(p[np.arange(n), true], EPSILON, 1.0), p[np.arange(n), predicted]
     squared = (p - np.eye(classes)[true]) ** 2
@@ -244,7 +246,7 @@ def _calibration(weights: Floats, true: Ints, p: Floats, predicted: Ints) -> dic
 
 
 def _ranking(weights: Floats, score: Floats, positive: NDArray[np.bool_]) -> tuple[Floats, Floats]:
-    """AUC and average precision under every weighting, ties exact; arguments as ``_statistics``."""
+    """AUC and average precision under every weighting, ties exact; arguments as ``weighted_statistics``."""
     order = np.argsort(-score, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(score[order]) != 0])
     weights, positive = weights[:, order], positive[order]
@@ -269,7 +271,7 @@ def _mean_where(values: Floats, mask: NDArray[np.bool_]) -> Floats:
     return _ratio(np.where(mask, values, 0.0).sum(axis=1), mask.sum(axis=1).astype(np.float64))
 
 
-def _estimate(value: float, resampled: list[Floats], absent: list[str]) -> Estimate:
+def interval_of(value: float, resampled: list[Floats], absent: list[str]) -> Estimate:
     """A value and the percentiles of its resampled ones, (R,) in blocks; NaN is undefined."""
     if np.isnan(value):
         return Estimate(None, None, None, f"no true case of class {', '.join(absent)}")
@@ -287,7 +289,7 @@ def _estimate(value: float, resampled: list[Floats], absent: list[str]) -> Estim
 
 
 def _checked(
-    true: Labels, probabilities: Scores, class_names: Sequence[str], threshold: float | None, resamples: int
+    true: Labels, probabilities: Scores, class_names: Sequence[str], threshold: Threshold, resamples: int
 ) -> tuple[Ints, Floats]:
     """Labels (N,) as int64 and probabilities (N, C) as float64, or what is wrong with them."""
     label, p, classes = np.asarray(true), np.asarray(probabilities, dtype=np.float64), len(class_names)
@@ -301,7 +303,7 @@ def _checked(
         raise EvaluationError("there are no cases to evaluate")
     if not np.issubdtype(label.dtype, np.integer):
         raise ValueError(f"labels must be whole numbers, got {label.dtype}")
-    if threshold is not None and (classes != 2 or not np.isfinite(threshold)):
+    if threshold is not None and (classes != 2 or not np.isfinite(threshold).all()):
         raise EvaluationError(f"threshold {threshold} for {classes} classes", expected="a number, and two")
     bad = np.flatnonzero((label < 0) | (label >= classes)).tolist()
     if bad:

@@ -75,7 +75,7 @@ def plot_history(history: pd.DataFrame, folder: Path) -> list[Path]:
         path = folder / f"{name}.png"
         path.unlink(missing_ok=True)
         if figure is not None:
-            _save(figure, path)
+            save(figure, path)
             written.append(path)
     return written
 
@@ -91,7 +91,7 @@ def plot_confusion(matrix: Ints, class_names: Sequence[str], path: Path) -> None
     Raises:
         ValueError: Shapes that do not belong together.
     """
-    _save(_confusion_figure(matrix, class_names), path)
+    save(_confusion_figure(matrix, class_names), path)
 
 
 def plot_deviation(
@@ -111,7 +111,7 @@ def plot_deviation(
     Raises:
         ValueError: Shapes that do not belong together.
     """
-    _save(_deviation_figure(case_ids, true, probabilities, class_names), path)
+    save(_deviation_figure(case_ids, true, probabilities, class_names), path)
 
 
 def _both(name: str, label: str = "", width: float = 1.8) -> list[_Line]:
@@ -242,7 +242,7 @@ def _history_figures(history: pd.DataFrame) -> Iterator[tuple[str, Figure | None
 
 
 def _confusion_figure(matrix: Ints, class_names: Sequence[str]) -> Figure:
-    counts, names, classes = np.asarray(matrix), [*map(_shorten, class_names)], len(class_names)
+    counts, names, classes = np.asarray(matrix), [*map(shorten, class_names)], len(class_names)
     if counts.shape != (classes, classes) or not classes:
         raise ValueError(f"confusion matrix {counts.shape}, {classes} class names: no match")
     total = counts.sum(axis=1, keepdims=True)
@@ -288,7 +288,7 @@ def _deviation_figure(
         mine, (color, marker) = label == c, COLORS[c % len(COLORS)]
         axes.vlines(place[mine], 0, deviation[mine], color=color, linewidth=size / 2)
         axes.plot(place[mine], deviation[mine], marker, color=color, markersize=size)
-        names.append(f"{_shorten(class_names[c])}: {wrong[mine].sum()} of {mine.sum()} wrong")
+        names.append(f"{shorten(class_names[c])}: {wrong[mine].sum()} of {mine.sum()} wrong")
     if wrong.any():
         axes.plot(place[wrong], deviation[wrong], "x", color="black", markersize=size + 3)
         names.append("wrong")
@@ -300,20 +300,20 @@ def _deviation_figure(
     if classes == 2:
         axes.axhline(0.5, color="0.35", linestyle="--", linewidth=1.2)
     shown = order if n <= MARKED else order[:0]
-    ids = [_shorten(case_ids[i]) for i in shown]
+    ids = [shorten(case_ids[i]) for i in shown]
     axes.set_xticks(place[shown], ids, rotation=90, fontsize=8, parse_math=False)
     axes.set(xlim=(-1, place.max() + 1), ylim=(0, 1.05), title="Deviation from the true class")
     axes.set(xlabel="cases, by true class", ylabel="1 − probability of the true class")
     return figure
 
 
-def _shorten(name: str) -> str:
+def shorten(name: str) -> str:
     """A name of the user's as one short line of printable text; its end is kept, where ids differ."""
     text = printable(str(name)).replace("\n", "\\n")
     return text if len(text) <= NAME_LENGTH else f"{text[: NAME_LENGTH - 9]}…{text[-8:]}"
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """Write a PNG, with a box for every letter that the font lacks."""
     with _ONE_AT_A_TIME, warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)

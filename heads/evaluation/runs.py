@@ -19,6 +19,8 @@ from featstore.settings import Layers
 from featstore.strict_yaml import parse, read_file
 from heads.config import Config
 
+STUDY = "study.json"  # what makes a folder a study
+
 
 class RunError(FeatstoreError):
     """A run folder or a checkpoint that cannot be used."""
@@ -79,8 +81,15 @@ def create_run(runs: Path, suffix: str | None, now: datetime | None = None) -> R
         suffix: The name's end.
         now: The time; the present one by default.
     """
+    path = new_folder(runs, "run", suffix, now)
+    (path / "checkpoints").mkdir()
+    return RunFolder(path)
+
+
+def new_folder(runs: Path, kind: str, suffix: str | None, now: datetime | None = None) -> Path:
+    """Make ``KIND_YYYYMMDD_HHMMSS[_suffix]``, which no other process has; arguments as `create_run`."""
     runs.mkdir(parents=True, exist_ok=True)
-    name = f"run_{now or datetime.now():%Y%m%d_%H%M%S}" + (f"_{suffix}" if suffix else "")
+    name = f"{kind}_{now or datetime.now():%Y%m%d_%H%M%S}" + (f"_{suffix}" if suffix else "")
     number = 1
     while True:
         path = runs / (name if number == 1 else f"{name}-{number}")
@@ -89,8 +98,7 @@ def create_run(runs: Path, suffix: str | None, now: datetime | None = None) -> R
         except FileExistsError:
             number += 1
             continue
-        (path / "checkpoints").mkdir()
-        return RunFolder(path)
+        return path
 
 
 def find_run(runs: Path, wanted: Path | None, finished: bool = True) -> RunFolder:
@@ -108,6 +116,13 @@ def find_run(runs: Path, wanted: Path | None, finished: bool = True) -> RunFolde
         for path in (wanted, runs / wanted):
             if (path / "run.json").is_file():
                 return RunFolder(path)
+            if (path / STUDY).is_file():
+                raise RunError(
+                    f"{wanted} is a study of several trainings",
+                    expected="a run",
+                    where=str(path),
+                    fix=f"featstore evaluate --study {wanted}, or name one of {path / 'trainings'}",
+                )
         raise RunError(
             f"{wanted} is no run",
             expected="a folder that holds run.json",
@@ -183,8 +198,13 @@ def read_about(run: RunFolder) -> dict[str, Any]:
     Raises:
         RunError: It is damaged.
     """
+    return read_description(run.about)
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """What the description of a run or a study says; errors as `read_about`."""
     try:
-        about = json.loads(run.about.read_text(encoding="utf-8"))
+        about = json.loads(path.read_text(encoding="utf-8"))
         names, labels = about["class_names"], about["labels"]
         if (
             isinstance(about["dim"], int)
@@ -198,9 +218,9 @@ def read_about(run: RunFolder) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         found = f"{type(error).__name__}: {error}"
     raise RunError(
-        f"the run's description cannot be read: {found}",
-        expected="run.json as `featstore train-head` wrote it",
-        where=str(run.about),
+        f"the description cannot be read: {found}",
+        expected="a file as `featstore train-head` wrote it",
+        where=str(path),
         fix="train again, or bring the file back",
     )
 

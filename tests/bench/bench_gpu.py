@@ -19,7 +19,7 @@ pipeline ran. A batch that does not fit in memory is told, and the next one is m
 the model's rate with torch.compile, and the seconds until its first batch was done. How busy a GPU is
 is known where NVML's Python module is (pip install nvidia-ml-py).
 
-Then a cohort of --cohort patches, in wall time, by `cli.py extract` in a process of its own: from
+Then a cohort of --cohort patches, in wall time, by `featstore extract` in a process of its own: from
 the command to its end. Its files are names of --distinct different ones, so that most of them are
 read from the page cache: decoding is what it would be, reading is not.
 
@@ -259,13 +259,13 @@ def busy(samples: Sequence[float], interval: float) -> Row:
 
 
 def whole_cohort(options: argparse.Namespace, name: str, folder: Path) -> Row:
-    """Wall time of `cli.py extract` over a cohort, from the command to its end."""
+    """Wall time of `featstore extract` over a cohort, from the command to its end."""
     with tempfile.TemporaryDirectory(prefix="featstore-bench-") as project:
         config = settings(options, name, folder)
         (Path(project) / "featstore.yaml").write_text(config.model_dump_json(exclude_unset=True))
         started = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, str(ROOT / "cli.py"), "extract", "--json"],
+            [sys.executable, str(ROOT / "cli"), "extract", "--json"],
             cwd=project,
             capture_output=True,
             text=True,

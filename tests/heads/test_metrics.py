@@ -124,8 +124,8 @@ def test_a_resample_counts_like_the_cases_written_out(classes: int) -> None:
     true, p = drawn(1, 12, classes)
     p = np.ceil(p * 4)  # ties
     p /= p.sum(axis=1, keepdims=True)
-    weights = metrics._resample(np.random.default_rng(3), 20, len(true))
-    found = metrics._statistics(weights, true, p, p.argmax(axis=1))
+    weights = metrics.resample(np.random.default_rng(3), 20, len(true))
+    found = metrics.weighted_statistics(weights, true, p, p.argmax(axis=1))
     assert (weights.sum(axis=1) == len(true)).all()
     for row, counts in enumerate(weights.astype(int)):
         index = np.repeat(np.arange(len(true)), counts)
@@ -133,7 +133,7 @@ def test_a_resample_counts_like_the_cases_written_out(classes: int) -> None:
 
 
 def test_resampling_draws_every_case_alike() -> None:
-    weights = metrics._resample(np.random.default_rng(0), 4000, 10)
+    weights = metrics.resample(np.random.default_rng(0), 4000, 10)
     np.testing.assert_allclose(weights.mean(axis=0), 1, atol=0.06)
     np.testing.assert_allclose(weights.var(axis=0), 0.9, atol=0.1)  # binomial: N · 1/N · (1 − 1/N)
 
@@ -141,7 +141,7 @@ def test_resampling_draws_every_case_alike() -> None:
 def test_the_interval_is_two_percentiles(monkeypatch: pytest.MonkeyPatch) -> None:
     true, p = drawn(5, 40)
     result = evaluate(true, p, NAMES[:2], resamples=300, seed=9)
-    weights = metrics._resample(np.random.default_rng(9), 300, 40)
+    weights = metrics.resample(np.random.default_rng(9), 300, 40)
     scores = [sk.roc_auc_score(true, p[:, 1], sample_weight=w) for w in weights]
     assert (result.auc.low, result.auc.high) == pytest.approx(tuple(np.percentile(scores, [2.5, 97.5])))
     monkeypatch.setattr(metrics, "BLOCK", 40 * 7)  # 7 resamples at once
@@ -199,8 +199,8 @@ def test_resamples_without_a_class_are_left_out_until_they_are_most() -> None:
     assert one.auc == Estimate(1.0, None, None, same)
     assert one.recall["malignant"] == Estimate(1.0, None, None, same)
     half, most = [np.array([0.6, np.nan]), np.array([0.8, np.nan])], [np.array([0.6, np.nan, np.nan])]
-    assert metrics._estimate(0.7, half, []) == Estimate(0.7, pytest.approx(0.605), pytest.approx(0.795))
-    few = metrics._estimate(0.7, most, [])
+    assert metrics.interval_of(0.7, half, []) == Estimate(0.7, pytest.approx(0.605), pytest.approx(0.795))
+    few = metrics.interval_of(0.7, most, [])
     assert few == Estimate(0.7, None, None, "no interval: undefined in 2 of 3 resamples")
     assert few.to_json() == {"value": 0.7, "low": None, "high": None, "reason": few.reason}
 

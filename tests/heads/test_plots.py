@@ -272,10 +272,10 @@ def test_hostile_names_are_drawn_as_they_are(tmp_path: Path) -> None:
 
 
 def test_long_names_keep_both_ends() -> None:
-    one, two = (plots._shorten(f"TCGA-AB-1234-01Z-00-DX1-{i}") for i in range(2))
+    one, two = (plots.shorten(f"TCGA-AB-1234-01Z-00-DX1-{i}") for i in range(2))
     assert one != two
     assert one.startswith("TCGA-AB-1234")
-    assert plots._shorten("n" * plots.NAME_LENGTH) == "n" * plots.NAME_LENGTH
+    assert plots.shorten("n" * plots.NAME_LENGTH) == "n" * plots.NAME_LENGTH
 
 
 def test_arrays_that_do_not_belong_together(tmp_path: Path) -> None:

@@ -1,0 +1,192 @@
+"""A study's tables, numbers and pictures, written from its trainings' files alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from featstore.cohort.names import natural_sorted
+from featstore.cohort.tables import write_csv
+from heads.evaluation.agreement import Agreement, attention_agreement
+from heads.evaluation.metrics import Estimate, Metrics
+from heads.evaluation.runs import write_json
+from heads.evaluation.studies import Study
+from heads.evaluation.study_plots import plot_study
+from heads.evaluation.study_results import StudyResults, read_results
+from heads.evaluation.study_tables import (
+    UNDEFINED,
+    ensemble_table,
+    out_of_fold,
+    over_seeds,
+    over_trainings,
+    per_case,
+    per_split,
+    pooled_table,
+    study_table,
+)
+
+SHOWN = {"auc": "AUC", "accuracy": "accuracy", "log_loss": "log loss"}
+
+
+@dataclass(frozen=True, eq=False)
+class StudyReport:
+    """What a study found.
+
+    Attributes:
+        study: The study.
+        results: What its trainings found.
+        pooled: By seed, the metrics of all its folds' test cases together.
+        ensemble: Those of the mean probability over the seeds; None without a finished training.
+        always_wrong: Cases that no training called right.
+        agreement: Of the attention of different seeds, where it was written.
+        interrupted: The signal that ended the command early; None if none did.
+    """
+
+    study: Study
+    results: StudyResults
+    pooled: dict[int, Metrics]
+    ensemble: Metrics | None
+    always_wrong: list[str]
+    agreement: Agreement | None
+    interrupted: int | None = None
+
+    @property
+    def failed(self) -> list[str]:
+        """The trainings that failed, and why, a line each."""
+        return [
+            f"fold {each.fold} seed {each.seed}: {each.error}"
+            for each in self.results.trainings
+            if each.status == "failed"
+        ]
+
+    @property
+    def open(self) -> int:
+        """How many trainings are interrupted or missing."""
+        return sum(each.status in ("interrupted", "missing") for each in self.results.trainings)
+
+    def to_text(self) -> str:
+        """The numbers, what failed, and how to go on."""
+        done, study = self.results.finished, self.study
+        lines = [
+            f"{study.folder.path}",
+            f"  {study.config.head.name}, {len(study.folds)} folds × {len(study.seeds)} seeds: "
+            f"{len(done)} of {len(study.trainings)} trainings finished",
+        ]
+        if done:
+            lines.append(f"  {'test cases, best epoch':36}" + "".join(f"{v:>24}" for v in SHOWN.values()))
+            means = over_trainings(self.results)["best"]
+            each = {f"each training alone, mean ± sd of {len(done)}": {k: _spread(means[k]) for k in SHOWN}}
+            for seed, metrics in self.pooled.items():
+                each[f"folds of seed {seed} pooled, {metrics.n} cases"] = {
+                    name: _shown(getattr(metrics, name)) for name in SHOWN
+                }
+            if len(self.pooled) > 1:
+                over = over_seeds(self.pooled)
+                each[f"mean ± sd of {len(self.pooled)} seeds"] = {k: _spread(over[k]) for k in SHOWN}
+            if self.ensemble is not None and len(self.pooled) > 1:
+                each["ensemble of the seeds"] = {k: _shown(getattr(self.ensemble, k)) for k in SHOWN}
+            for name, values in each.items():
+                lines.append(f"  {name:36}" + "".join(f"{values[metric]:>24}" for metric in SHOWN))
+            wrong = f": {', '.join(self.always_wrong[:10])}" if self.always_wrong else ""
+            wrong += ", …" if len(self.always_wrong) > 10 else ""
+            lines.append(f"  wrong in every training: {len(self.always_wrong)} cases{wrong}")
+        if self.agreement is not None:
+            lines.append(f"  {self.agreement.to_text()}")
+        if self.failed:
+            lines += [f"  {len(self.failed)} trainings failed:", *(f"    {line}" for line in self.failed)]
+        if self.open:
+            lines.append(f"  {self.open} trainings are still to do")
+        if self.failed or self.open:
+            lines.append(f"to go on: featstore train-head --resume {study.folder.path}")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON types: what `metrics.json` says, and where."""
+        return {
+            "study": str(self.study.folder.path),
+            **self.numbers(),
+            "interrupted": self.interrupted,
+        }
+
+    def numbers(self) -> dict[str, Any]:
+        """What `metrics.json` holds."""
+        count = dict.fromkeys(("finished", "failed", "interrupted", "missing"), 0)
+        for each in self.results.trainings:
+            count[each.status] += 1
+        return {
+            "head": self.study.config.head.name,
+            "class_names": list(self.results.class_names),
+            "folds": self.study.folds,
+            "seeds": self.study.seeds,
+            "trainings": count,
+            "failed": self.failed,
+            "over_trainings": over_trainings(self.results),
+            "pooled": {str(seed): metrics.to_json() for seed, metrics in self.pooled.items()},
+            "pooled_over_seeds": over_seeds(self.pooled),
+            "ensemble": None if self.ensemble is None else self.ensemble.to_json(),
+            "always_wrong": self.always_wrong,
+            "attention_agreement": None if self.agreement is None else self.agreement.to_json(),
+        }
+
+
+def write_report(study: Study, resamples: int, interrupted: int | None = None) -> StudyReport:
+    """Lay a study's trainings together, and write what they say into its folder.
+
+    Args:
+        study: The study; trainings that are not finished are left out, and named.
+        resamples: Of the bootstrap intervals.
+        interrupted: The signal that ended the command early.
+
+    Raises:
+        RunError: A file of a training is damaged.
+    """
+    results = read_results(study)
+    seeds = results.per_seed() if results.finished else {}
+    whole = results.mean(results.table) if results.finished else None
+    cases = per_case(results)
+    agreement = attention_agreement(study, results)
+    report = StudyReport(
+        study,
+        results,
+        {seed: each.metrics(results.class_names, resamples) for seed, each in seeds.items()},
+        None if whole is None else whole.metrics(results.class_names, resamples),
+        natural_sorted(cases.loc[cases["right"] == 0, "case_id"]),
+        agreement,
+        interrupted,
+    )
+    folder = study.folder.path
+    _write(folder / "study.csv", study_table(results))
+    _write(folder / "per_split.csv", per_split(results))
+    _write(folder / "out_of_fold.csv", out_of_fold(results))
+    _write(folder / "per_case.csv", cases)
+    _write(folder / "always_wrong.csv", cases[cases["right"] == 0])
+    _write(folder / "pooled.csv", pooled_table(report.pooled, report.ensemble))
+    if whole is not None:
+        _write(folder / "ensemble.csv", ensemble_table(whole, results.class_names))
+    if agreement is not None:
+        _write(folder / "attention_agreement.csv", agreement.table)
+    write_json(folder / "metrics.json", report.numbers())
+    (folder / "study.txt").write_text(report.to_text() + "\n", encoding="utf-8")
+    plot_study(folder, results, seeds, whole)
+    return report
+
+
+def _write(path: Any, table: pd.DataFrame) -> None:
+    rows = table.astype(object).where(table.notna(), "").to_numpy(object).tolist()
+    write_csv(path, table.columns.tolist(), rows)
+
+
+def _shown(estimate: Estimate) -> str:
+    if estimate.value is None:
+        return UNDEFINED
+    interval = "" if estimate.low is None else f" [{estimate.low:.3f}, {estimate.high:.3f}]"
+    return f"{estimate.value:.3f}{interval}"
+
+
+def _spread(found: Mapping[str, Any]) -> str:
+    if found["mean"] == UNDEFINED:
+        return UNDEFINED
+    return f"{found['mean']:.3f}" + ("" if found["sd"] is None else f" ± {found['sd']:.3f}")

@@ -1,0 +1,225 @@
+"""One training into a run folder, and its evaluation: the same for a single run and within a study."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+
+from featstore.cohort.splits import Split, save_split
+from featstore.resident import CaseBags
+from heads.config import Config
+from heads.evaluation.checkpoints import (
+    identity_of,
+    load_best,
+    load_state,
+    load_weights,
+    save_state,
+    unreadable,
+)
+from heads.evaluation.plots import plot_history
+from heads.evaluation.results import Evaluation, evaluate_heads, history_frame, write_results
+from heads.evaluation.runs import RunFolder, read_config, write_config, write_history, write_json
+from heads.models.head import Head, build_head
+from heads.training.loop import Progress, Training, TrainingError, is_finished
+
+SAVE_SECONDS = 10.0  # of training that a killed process may lose
+PARTS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a training did.
+
+    Attributes:
+        run: The folder.
+        evaluation: On the test cases; None if it was interrupted.
+        interrupted: The signal that ended the training early; None if it was not.
+        epochs: Epochs done.
+    """
+
+    run: RunFolder
+    evaluation: Evaluation | None
+    interrupted: int | None
+    epochs: int
+
+    def to_text(self) -> str:
+        """The results, or how to go on."""
+        if self.evaluation is not None:
+            return self.evaluation.to_text()
+        return (
+            f"interrupted after {self.epochs} epochs\n"
+            f"to go on: featstore train-head --resume {self.run.path}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON types."""
+        if self.evaluation is not None:
+            return {**self.evaluation.to_json(), "interrupted": None}
+        return {"run": str(self.run.path), "epochs": self.epochs, "interrupted": self.interrupted}
+
+
+def prepare(config: Config, about: dict[str, Any], bags: CaseBags, split: Split) -> Training:
+    """A training that has not begun; nothing is written.
+
+    Args:
+        config: Resolved (`heads.config.resolved`).
+        about: What `heads.cohort.describe` says.
+        bags: The cohort, or a larger one.
+        split: Which case is for what.
+
+    Raises:
+        ConfigError: The settings do not suit the head, the cases or the device.
+    """
+    head = build_head(config.head, int(about["dim"]), len(about["class_names"]), config.train.seed)
+    return Training(head, bags, split, config.train, about["class_names"])
+
+
+def begin(run: RunFolder, config: Config, about: dict[str, Any], split: Split) -> None:
+    """Write into a new run folder what is trained on what."""
+    write_config(run.config, config)
+    save_split(run.splits, split)
+    write_json(run.about, about)
+
+
+def restore(training: Training, run: RunFolder, config: Config, about: dict[str, Any]) -> None:
+    """Put a training where the run's last state was.
+
+    Raises:
+        RunError: The checkpoint is damaged, or of another training.
+    """
+    state = load_state(run.last, identity_of(config, about))
+    try:
+        training.load_state(state)
+    except Exception as error:
+        raise unreadable(run.last, f"its state does not fit this training ({error})") from error
+
+
+def train_run(
+    run: RunFolder,
+    training: Training,
+    config: Config,
+    about: dict[str, Any],
+    received: Sequence[int],
+    tell: Callable[[str], None],
+    observe: Callable[[Progress, int], None],
+) -> TrainedRun:
+    """Train to the end, or until a signal is received, and evaluate on the test cases.
+
+    Args:
+        run: The folder, begun.
+        training: Prepared, and restored if it goes on.
+        config: Resolved.
+        about: What `run.json` says.
+        received: Signals (`featstore.process.stop_on_signal`), looked at between epochs.
+        tell: Called with remarks.
+        observe: Called after every epoch with the progress and the number of epochs.
+
+    Raises:
+        TrainingError: The loss is no longer a number; the last good epoch is saved.
+    """
+    identity = identity_of(config, about)
+    saver = _Saver(run, config, identity, observe)
+    saver.save(training)  # so that a run that is killed at once can be resumed too
+    try:
+        training.run(saver, received)
+    except TrainingError:
+        saver.write_history(training)
+        if training.good:  # what was good stays, and can be evaluated
+            save_state(run, training.good, identity)
+        raise
+    saver.save(training)
+    if not training.finished:
+        return TrainedRun(run, None, received[0], training.progress.epoch)
+    done = evaluate_run(run, config, about, training.bags, training.split, tell)
+    return TrainedRun(run, done, None, training.progress.epoch)
+
+
+def evaluate_run(
+    run: RunFolder,
+    config: Config,
+    about: dict[str, Any],
+    bags: CaseBags,
+    split: Split,
+    tell: Callable[[str], None],
+    part: str = "test",
+) -> Evaluation:
+    """Evaluate the best and the last epoch from the checkpoints; of the test cases, write the files.
+
+    Raises:
+        RunError: A checkpoint is missing, damaged, or of another training.
+    """
+    state = load_state(run.last, identity_of(config, about))
+    last = build_head(config.head, int(about["dim"]), len(about["class_names"]))
+    weights = state["head"] if state["ema"] is None else _averaged(state["ema"])
+    heads: dict[str, Head] = {
+        "best": load_best(run, config, about),
+        "last": load_weights(last, weights, run.last),
+    }
+    cases = dict(zip(PARTS, (split.train, split.val, split.test), strict=True))
+    done, attention = evaluate_heads(
+        run,
+        heads,
+        bags,
+        config,
+        cases,
+        about["class_names"],
+        state["progress"],
+        state["class_weights"],
+        part,
+    )
+    if config.runs.analyze_attention and attention is None:
+        why = "this head has no attention" if part == "test" else "it is written for the test cases alone"
+        tell(f"warning: no attention table: {why}")
+    if not is_finished(config.train, Progress(**state["progress"])):
+        tell(
+            f"warning: the training is not finished, and nothing is written; "
+            f"to go on: featstore train-head --resume {run.path}"
+        )
+    elif config.runs.threshold != read_config(run).runs.threshold:
+        tell("warning: another threshold than the run's own: shown here, nothing is written")
+    elif part == "test":
+        write_results(done, config, history_frame(state["progress"]["history"]), attention)
+    return done
+
+
+class _Saver:
+    """After every epoch: the history, now and then the state, and whoever watches."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        config: Config,
+        identity: dict[str, Any],
+        observe: Callable[[Progress, int], None],
+    ) -> None:
+        self._run, self._train, self._identity, self._observe = run, config.train, identity, observe
+        self._saved = time.monotonic()
+
+    def __call__(self, training: Training) -> None:
+        history = self.write_history(training)
+        every = self._train.plot_every
+        if every and training.progress.epoch % every == 0:
+            plot_history(history, self._run.path)
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            self.save(training)
+        self._observe(training.progress, self._train.epochs)
+
+    def save(self, training: Training) -> None:
+        save_state(self._run, training.state(), self._identity)
+        self._saved = time.monotonic()
+
+    def write_history(self, training: Training) -> pd.DataFrame:
+        """Write `history.csv`."""
+        history = history_frame(training.progress.history)
+        write_history(self._run, history)
+        return history
+
+
+def _averaged(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    prefix = "module."
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

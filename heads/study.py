@@ -1,0 +1,146 @@
+"""A study in a project folder: every fold with several seeds, in one folder with its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from featstore.errors import ConfigError
+from featstore.process import stop_on_signal
+from featstore.resident import CaseBags, memory_budget
+from featstore.store import Store
+from heads.cohort import check_unchanged, describe, labelled_cases, labels_of, load_bags, read_folds, sizes
+from heads.config import Config, resolved
+from heads.evaluation.results import check_threshold
+from heads.evaluation.runs import RunFolder
+from heads.evaluation.studies import Study, create_study, open_study
+from heads.evaluation.study_report import StudyReport, write_report
+from heads.models.head import load_plugin
+from heads.project import on_this_machine, own_config, plugin_of, tell_unused
+from heads.run import prepare
+from heads.study_trainings import Outcome, process_count, train_in_processes, train_in_turn
+
+_SEEDS = 2**32
+
+
+def study_project(
+    config: Config,
+    project: Path,
+    folds: int | None = None,
+    seeds: int = 1,
+    tell: Callable[[str], None] = lambda text: None,
+) -> StudyReport:
+    """Train every fold with several seeds, and write what they say together.
+
+    Args:
+        config: The project's settings; ``train.seed`` is the first seed, the others follow it.
+        project: The folder that relative paths start from.
+        folds: How many; None: the splits that are given, else what the settings say.
+        seeds: How many trainings a fold.
+        tell: Called with remarks.
+
+    Raises:
+        FeatstoreError: Whatever stands in the way of all trainings; one that fails is in the report.
+    """
+    if not 1 <= seeds <= _SEEDS - config.train.seed:
+        raise ConfigError(
+            f"--seeds is {seeds}",
+            expected="how many trainings each fold gets, 1 or more; seeds lie below 2**32",
+            where="--seeds, train.seed",
+            fix="--seeds 10",
+        )
+    config = resolved(config)
+    load_plugin(plugin_of(config, project))
+    store = Store.open(project / config.store.path)
+    cohort = labelled_cases(config, project, store, tell)
+    splits = read_folds(config, project, cohort, folds, tell)
+    labels = {k: v for split in splits.values() for k, v in labels_of(split, cohort.labels).items()}
+    for split in splits.values():
+        check_threshold(config.runs, [labels[case] for case in split.val], cohort.class_names)
+    tell_unused(config, tell)
+    fold, first = next(iter(splits.items()))
+    held = [load_bags(config, store, labels, tell)]
+    about = describe(held[0], cohort.class_names, labels, first) | {
+        "folds": list(splits),
+        "seeds": list(range(config.train.seed, config.train.seed + seeds)),
+    }
+    del about["cases"]  # which differ by fold
+    prepare(config, about, held[0], first)  # what no training can do is refused before there is a folder
+    study = create_study(project / config.runs.path, config, about, splits)
+    count = f"{len(splits)} folds" if len(splits) > 1 else "1 split"
+    count += f" × {seeds} seeds" if seeds > 1 else " × 1 seed"
+    tell(f"{study.folder.path}: {config.head.name}, {count}, fold {fold}: {sizes(first)}, {held[0].device}")
+    return _train(study, project, held, tell)
+
+
+def resume_study(
+    config: Config, project: Path, wanted: Path, tell: Callable[[str], None] = lambda text: None
+) -> StudyReport:
+    """Go on with a study: what is interrupted, missing or failed is trained, what is finished is not.
+
+    Args:
+        config: The project's settings; of the study, its own are used.
+        project: The folder that relative paths start from.
+        wanted: The study.
+        tell: Called with remarks.
+
+    Raises:
+        FeatstoreError: Study or store cannot be used.
+    """
+    study = open_study(project / config.runs.path, wanted)
+    mine = on_this_machine(own_config(config, RunFolder(study.folder.path), tell), config)
+    study, about = replace(study, config=mine), study.about
+    left = _left(study)
+    tell(f"going on with {study.folder.path}: {len(left)} of {len(study.trainings)} trainings to do")
+    if not left:
+        return write_report(study, mine.runs.resamples)
+    load_plugin(plugin_of(mine, project))
+    store = Store.open(project / mine.store.path)
+    held = [load_bags(mine, store, about["labels"], tell, about["store"]["fingerprint"])]
+    check_unchanged(held[0], about, tell)
+    return _train(study, project, held, tell)
+
+
+def evaluate_study(config: Config, project: Path, wanted: Path) -> StudyReport:
+    """Write a study's tables and pictures anew, from the files of its trainings alone.
+
+    Args:
+        config: The project's settings; ``runs.resamples`` is used where it is set.
+        project: The folder that relative paths start from.
+        wanted: The study.
+
+    Raises:
+        FeatstoreError: It is none, or a file of it is damaged.
+    """
+    study = open_study(project / config.runs.path, wanted)
+    given = "resamples" in config.runs.model_fields_set
+    return write_report(study, (config if given else study.config).runs.resamples)
+
+
+def _left(study: Study) -> list[tuple[int, int]]:
+    return [each for each in study.trainings if study.folder.status(*each) != "finished"]
+
+
+def _train(study: Study, project: Path, held: list[CaseBags], tell: Callable[[str], None]) -> StudyReport:
+    """Train what is left, and write the report; ``held`` is the cohort, let go of where others load it."""
+    todo, train = _left(study), study.config.train
+    number, total = len(study.trainings) - len(todo), len(study.trainings)
+    memory = memory_budget(train.memory_gb, held[0].device)
+    if train.memory_gb == "auto":
+        memory += held[0].bytes // 2  # half of what was free before
+    count = process_count(study.config, held[0], len(todo), memory)
+
+    def show(outcome: Outcome) -> None:
+        nonlocal number
+        number += outcome.status != "interrupted"
+        tell(f"[{number:{len(str(total))}}/{total}] {outcome.to_text()}")
+
+    with stop_on_signal() as received:
+        if count == 1:
+            train_in_turn(study, held[0], todo, received, show, tell)
+        else:
+            held.clear()
+            tell(f"{count} trainings at once")
+            train_in_processes(study, project, count, memory // count, todo, received, show)
+    return write_report(study, study.config.runs.resamples, received[0] if received else None)

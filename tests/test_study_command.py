@@ -1,0 +1,322 @@
+"""Studies as typed: equal to single runs, resumed after kills and failures, refused where impossible."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from featstore.cohort.splits import read_split
+from heads.training.loop import Training, TrainingError
+from tests import helpers
+from tests.command_line import answer, featstore, listing, refused, succeeded, write_config
+from tests.heads.planted import CASES, LABELS, SMALL, make_store
+
+TABLES = ("study", "per_split", "out_of_fold", "per_case", "always_wrong", "ensemble", "pooled")
+SETTINGS: dict[str, Any] = {
+    "labels": {"file": "labels.csv"},
+    "classes": {"benign": ["0"], "malignant": ["1"]},
+    "head": {**SMALL, "name": "abmil", "dropout": 0.2},
+    "train": {"device": "cpu", "lr": 0.003, "epochs": 3, "processes": 1},
+    "runs": {"resamples": 20},
+}
+
+
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("results.plot_history", "results.plot_confusion", "results.plot_deviation"):
+        monkeypatch.setattr(f"heads.evaluation.{name}", lambda *args: [])
+    monkeypatch.setattr("heads.evaluation.study_report.plot_study", lambda *args: [])
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_pictures(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with one finished study of 3 folds and 2 seeds; not to be changed."""
+    folder = tmp_path_factory.mktemp("study")
+    write_config(folder, SETTINGS)
+    helpers.write_labels(folder, LABELS)
+    make_store(folder / "store")
+    with pytest.MonkeyPatch.context() as patch:
+        without_pictures(patch)
+        said = succeeded(folder, "train-head", "--folds", 3, "--seeds", 2, "--analyze-attention").stdout
+    assert "6 of 6 trainings finished" in said
+    return folder
+
+
+@pytest.fixture
+def project(whole: Path, tmp_path: Path) -> Path:
+    """A copy without runs, with the splits of the study as its own."""
+    new = Path(shutil.copytree(whole, tmp_path / "project", ignore=shutil.ignore_patterns("runs")))
+    shutil.copytree(study_of(whole) / "splits", new / "splits")
+    return new
+
+
+def study_of(project: Path) -> Path:
+    (path,) = (project / "runs").glob("study_*")
+    return path
+
+
+def results(run: Path, name: str = "results.json") -> dict[str, Any]:
+    found = dict(json.loads((run / name).read_text()))
+    found.pop("args", None)
+    return found
+
+
+def same_training(a: Path, b: Path) -> None:
+    """Equal to the last bit."""
+    for name in ("results.json", "metrics.json"):
+        assert results(a, name) == results(b, name)
+    for name in ("checkpoints/best.safetensors", "predictions.csv"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
+    first, second = (pd.read_csv(run / "history.csv").drop(columns="seconds") for run in (a, b))
+    pd.testing.assert_frame_equal(first, second, check_exact=True)
+
+
+def same_study(a: Path, b: Path) -> None:
+    """Equal trainings and tables, seconds apart."""
+    for run in sorted((b / "trainings").iterdir()):
+        same_training(a / "trainings" / run.name, run)
+    for name in TABLES:
+        first, second = (pd.read_csv(each / f"{name}.csv", dtype={"case_id": str}) for each in (a, b))
+        pd.testing.assert_frame_equal(
+            *(t.drop(columns="seconds", errors="ignore") for t in (first, second))
+        )
+
+
+def test_the_study_folder_holds_what_it_should(whole: Path) -> None:
+    study = study_of(whole)
+    names = {path.name for path in study.iterdir()}
+    assert names >= {*(f"{name}.csv" for name in TABLES), "metrics.json", "study.txt", "config.yaml"}
+    assert sorted(path.name for path in (study / "splits").iterdir()) == [
+        f"data_splits_0{k}.npz" for k in (1, 2, 3)
+    ]
+    found = {path.name for path in (study / "trainings").iterdir()}
+    assert found == {f"fold_{k}_seed_{seed}" for k in range(3) for seed in (42, 43)}
+    tests = [read_split(study / "splits" / f"data_splits_0{k}.npz", CASES, {})[0].test for k in (1, 2, 3)]
+    assert sorted(case for part in tests for case in part) == sorted(CASES)
+    assert json.loads((study / "metrics.json").read_text())["trainings"]["finished"] == 6
+
+
+@pytest.mark.parametrize(("fold", "seed"), [(0, 42), (2, 43)])
+def test_a_training_of_a_study_equals_the_same_training_alone(
+    whole: Path, project: Path, fold: int, seed: int
+) -> None:
+    flags = ("--fold", fold, "--train-seed", seed, "--analyze-attention")
+    alone = Path(answer(project, "train-head", "--load-splits", "splits", *flags)["run"])
+    mine = study_of(whole) / "trainings" / f"fold_{fold}_seed_{seed}"
+    same_training(mine, alone)
+    table = "attention_analysis/patch_attention.csv"
+    assert (mine / table).read_bytes() == (alone / table).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_trainings(whole: Path, project: Path) -> None:
+    flags = ("--load-splits", "splits/data_splits_01.npz", "--seeds", 2, "--processes", 2)
+    assert "2 trainings at once" in succeeded(project, "train-head", *flags).stdout
+    for name in ("fold_0_seed_42", "fold_0_seed_43"):
+        same_training(study_of(project) / "trainings" / name, study_of(whole) / "trainings" / name)
+
+
+_DEADLY = """
+import os, signal, torch
+from heads.training.losses import register_loss
+
+@register_loss("deadly")
+def deadly(logits, labels, smoothing):
+    if torch.initial_seed() // 1_000_003 == 43:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_fails_its_training_and_another_goes_on(project: Path) -> None:
+    (project / "deadly.py").write_text(_DEADLY)
+    flags = ("--plugin", "deadly.py", "--loss", "deadly", "--processes", 2)
+    done = featstore(project, "train-head", "--seeds", 3, *flags)
+    assert done.exit_code == 1
+    table = pd.read_csv(study_of(project) / "study.csv").set_index(["seed", "fold"])["status"]
+    assert {seed: set(table[seed]) for seed in (42, 43, 44)} == {
+        42: {"finished"},
+        43: {"failed"},
+        44: {"finished"},
+    }
+    assert "SIGKILL; the system kills what takes too much memory" in done.stdout
+
+
+def test_a_failed_training_is_told_the_others_go_on_and_it_is_trained_when_resumed(
+    whole: Path, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epoch = Training._epoch
+
+    def fails(training: Training) -> None:
+        split = read_split(project / "splits" / "data_splits_02.npz", CASES, {})[0]
+        if training.split == split and training.progress.epoch == 1:
+            error = TrainingError if training.config.seed == 42 else MemoryError
+            raise error("it did not go well\nat all")
+        epoch(training)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_epoch", fails)
+        done = featstore(project, "train-head", "--seeds", 2, "--analyze-attention")
+    assert done.exit_code == 1
+    study = study_of(project)
+    assert "2 trainings failed" in done.stdout
+    assert "fold 1 seed 42: it did not go well\n" in done.stdout
+    table = pd.read_csv(study / "study.csv").set_index(["fold", "seed"])
+    assert table["status"].value_counts().to_dict() == {"finished": 4, "failed": 2}
+    assert table.loc[(1, 43), "error"] == "MemoryError: it did not go well"
+    failure = json.loads((study / "trainings" / "fold_1_seed_43" / "failed.json").read_text())
+    assert "in fails" in failure["traceback"]
+    finished = study / "trainings" / "fold_0_seed_42" / "checkpoints" / "last.pth"
+    before = finished.stat().st_mtime_ns
+    again = succeeded(project, "train-head", "--resume", study.name).stdout
+    assert "2 of 6 trainings to do" in again
+    assert finished.stat().st_mtime_ns == before
+    same_study(study, study_of(whole))
+
+
+_CHILD = """
+import pathlib, sys, time, cli, heads.evaluation.results, heads.evaluation.study_report, heads.run
+from heads.training.loop import Training
+for name in ("plot_history", "plot_confusion", "plot_deviation"):
+    setattr(heads.evaluation.results, name, lambda *args: [])
+heads.evaluation.study_report.plot_study = lambda *args: []
+heads.run.SAVE_SECONDS, epoch, begun = 0.0, Training._epoch, []
+def waits(self):  # in the second epoch of the second training
+    begun.extend([self] * (self.progress.epoch == 0))
+    there = len(begun) == 2 and self.progress.epoch == 1
+    while there and not pathlib.Path("go").exists(): time.sleep(0.005)
+    epoch(self)
+Training._epoch = waits
+cli.app(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_stopped_or_killed_and_resumed_equals_a_study_that_was_not(
+    whole: Path, project: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [sys.executable, "-c", _CHILD, "train-head", "--seeds", "2", "--analyze-attention"]
+    child = subprocess.Popen(
+        words, cwd=project, env={**os.environ, "PYTHONPATH": str(helpers.ROOT)}, stdout=subprocess.PIPE
+    )
+    wanted = "runs/study_*/trainings/fold_1_seed_42/checkpoints/best.safetensors"
+    while not list(project.glob(wanted)):
+        assert child.poll() is None
+        time.sleep(0.005)
+    child.send_signal(number)
+    (project / "go").touch()
+    said = child.communicate()[0].decode()
+    study = study_of(project)
+    assert not (study / "trainings" / "fold_2_seed_43").exists()
+    if number == signal.SIGTERM:
+        assert child.returncode == 128 + signal.SIGTERM
+        assert f"--resume {study}" in said
+        shown = succeeded(project, "evaluate", "--study", study).stdout
+        assert "trainings are still to do" in shown
+    else:
+        assert child.returncode == -signal.SIGKILL
+    epoch, epochs = Training._epoch, list[int]()
+    monkeypatch.setattr(Training, "_epoch", lambda self: (epochs.append(1), epoch(self)))
+    assert "5 of 6 trainings to do" in succeeded(project, "train-head", "--resume", study).stdout
+    assert len(epochs) < 5 * 3  # the interrupted one went on
+    same_study(study, study_of(whole))
+
+
+def test_a_study_is_evaluated_without_a_store(whole: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(whole, tmp_path / "copy"))
+    shutil.rmtree(copy / "store")
+    study = study_of(copy)
+    before = listing(study)
+    for name in (*(f"{name}.csv" for name in TABLES), "metrics.json", "study.txt"):
+        (study / name).unlink()
+    found = answer(copy, "evaluate", "--study", study.name)
+    assert found["trainings"]["finished"] == 6
+    after = listing(study)
+    after["study.txt"] = before["study.txt"]  # which names the folder's path
+    assert after == before
+
+
+def test_permuted_test_labels_change_nothing_before_the_final_evaluation(
+    whole: Path, project: Path
+) -> None:
+    split = read_split(project / "splits" / "data_splits_01.npz", CASES, {})[0]
+    for k in (2, 3):
+        (project / "splits" / f"data_splits_0{k}.npz").unlink()
+    flipped = {case: 1 - label if case in split.test else label for case, label in LABELS.items()}
+    helpers.write_labels(project, flipped)
+    succeeded(project, "train-head", "--seeds", 1, "--threshold", "validation")
+    mine, other = (study_of(each) / "trainings" / "fold_0_seed_42" for each in (project, whole))
+    best = "checkpoints/best.safetensors"
+    assert (mine / best).read_bytes() == (other / best).read_bytes()
+    first, second = (pd.read_csv(run / "history.csv").drop(columns="seconds") for run in (mine, other))
+    pd.testing.assert_frame_equal(first, second, check_exact=True)
+    a, b = (results(run)["test"] for run in (mine, other))
+    assert a["prediction_probs"] == b["prediction_probs"]
+    assert [1 - label for label in a["true_labels"]] == b["true_labels"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--folds", 1), ("split.folds is 1", "greater than or equal to 3")),
+        (("--seeds", 0), ("--seeds is 0", "1 or more")),
+        (("--folds", 3, "--fold", 1), ("train.fold is 1", "a study trains every fold")),
+        (("--folds", 4, "--load-splits", "splits"), ("--folds is 4", "holds 3 splits")),
+        (("--folds", 5), ("--folds is 5", "holds 3 splits")),
+        (("--seeds", 2, "--load-splits", "nowhere"), ("there are no splits in", "nowhere")),
+        (("--folds", 12, "--split-path", "none"), ("class benign has 10 cases", "12 folds")),
+        (("--folds", 3, "--model", "mean", "--reg-weight-entropy", 0.1), ("no attention",)),
+        (("--seeds", 2, "--resume", "x"), ("--folds or --seeds with --resume",)),
+    ],
+)
+def test_what_cannot_be_a_study_is_refused(project: Path, flags: tuple[Any, ...], says: Any) -> None:
+    refused(project, "train-head", *flags, says=says)
+    assert not (project / "runs").exists()
+
+
+def test_a_study_is_no_run_and_a_run_no_study(whole: Path, project: Path) -> None:
+    study = study_of(whole)
+    refused(whole, "evaluate", study.name, says=("is a study", "--study"))
+    refused(whole, "evaluate", "--study", study / "trainings" / "fold_0_seed_42", says=("a single run",))
+    refused(whole, "evaluate", "--study", "none", says=("is no study", "study_…"))
+    refused(whole, "evaluate", study.name, "--study", study.name, says=("--study with a run",))
+    refused(whole, "train-head", "--resume", study.name, "--seeds", 3, says=("with --resume",))
+    refused(whole, "compare", study.name, "none", says=("none is no run",))
+
+
+@pytest.mark.parametrize("name", ["results.json", "metrics.json", "history.csv"])
+def test_a_damaged_file_of_a_training_is_named(whole: Path, tmp_path: Path, name: str) -> None:
+    copy = Path(shutil.copytree(whole, tmp_path / "copy"))
+    study = study_of(copy)
+    (study / "trainings" / "fold_1_seed_43" / name).write_text("[1, 2")
+    refused(copy, "evaluate", "--study", study, says=(f"{name} cannot be read", "fold_1_seed_43"))
+
+
+def test_a_run_is_compared_with_a_study_and_a_study_with_itself(whole: Path, tmp_path: Path) -> None:
+    study = study_of(whole)
+    run = study / "trainings" / "fold_1_seed_42"
+    found = answer(whole, "compare", run, study, "--csv", tmp_path / "c.csv")
+    assert (found["cases"], found["only_in_b"]) == (7, 13)
+    probabilities = np.array(results(run)["test"]["prediction_probs"])
+    loss = -np.log(probabilities[range(7), results(run)["test"]["true_labels"]]).mean()
+    assert found["metrics"]["log_loss"]["a"] == pytest.approx(loss)
+    table = pd.read_csv(tmp_path / "c.csv").set_index("metric")
+    assert table.loc["log_loss", "difference"] == found["metrics"]["log_loss"]["difference"]["value"]
+    same = answer(whole, "compare", study, study, "--ensemble")
+    assert {row["difference"]["value"] for row in same["metrics"].values()} == {0.0}
