@@ -93,12 +93,28 @@ def rm(
     call.answer(remove(call.project / call.config.store.path, case, stain, slices, apply))
 
 
+def _is_checkpoint(source: Path) -> bool:
+    """Whether torch would have saved a model under this name; features of a cohort are no single file."""
+    return source.suffix.lower() in (".pth", ".pt", ".ckpt", ".tar") and not source.is_dir()
+
+
 @command(("imports", "store", "labels"), in_project=None)
 def import_(
     call: Call[Config],
-    source: Path = typer.Argument(..., help="folder of features of another tool, or a table of bags"),
+    source: Path = typer.Argument(
+        ..., help="folder of features of another tool, a table of bags, or a checkpoint (.pth, .pt, .ckpt)"
+    ),
 ) -> None:
-    """Take the features of CLAM, TRIDENT, STAMP, slideflow, torchmil, a table, or of one .pt a patch."""
+    """Take the features of CLAM, TRIDENT, STAMP, slideflow, torchmil, a table, or of one .pt a patch.
+
+    Or a checkpoint of a lab's own hierarchical trainer, as a run: --load-splits FILE says which are its
+    test cases.
+    """
+    if call.config.imports.source_format == "auto" and _is_checkpoint(source):
+        from heads.imported import import_checkpoint
+
+        call.answer(import_checkpoint(call.config, call.project, source, call.tell))
+        return
     from featstore.interop.project import import_project
     from featstore.progress import CaseBar
 

@@ -43,6 +43,12 @@ class CaseBags:
             well, where they fit beside the plain ones; else each batch takes those that it wants out
             of the store.
 
+    Attributes:
+        outlines: By case.
+        resident: (N, D) embeddings of all cases, or None where they do not fit.
+        device: Of the batches.
+        views: Of every patch, the plain one included, in the store.
+
     Raises:
         StoreError: A case is not in the store, or has embeddings (or views, where they will be asked
             for) that are not finite.
@@ -57,6 +63,7 @@ class CaseBags:
         views: bool = False,
     ) -> None:
         self.store, self.device = store, device or torch.device("cpu")
+        self.views = store.spec.views
         known: Mapping[str, int | None] = dict.fromkeys(store.cases()) if labels is None else labels
         self.outlines = {case: replace(store.outline(case), label=label) for case, label in known.items()}
         self._by_row = case_of_row(self.outlines)

@@ -20,9 +20,11 @@ from heads.config import Config, HeadConfig, TrainConfig, resolved
 from heads.models.head import build_head
 from heads.models.hierarchical import Hierarchical
 from heads.training.loop import Training
+from heads.training.optimizer import choose_amp
 
 DIM, CLASSES = 1024, 2
 STAINS, SLICES = 3, 5
+LARGE, SMALL = 500, 20  # patches a slice
 # A lab's cohort: 46 of 77 cases are trained on, with 39,723 patches in about 15 slices a case.
 LAB_TRAIN, LAB_OTHER, LAB_PATCHES = 46, 31, 39_723
 
@@ -39,11 +41,13 @@ class TrainBench:
         loop_seconds: The same, slice by slice in Python.
         small_floor_seconds: Their matrix products alone.
         above_floor: (packed − floor) / (loop − floor).
-        epoch_seconds: A training epoch at the lab's size, float32.
-        epoch_floor_seconds: Its matrix products alone.
+        epoch_seconds: A training epoch at the lab's size, in the precision that is the default here.
+        precision: Which that is: ``bf16`` or ``off``.
+        epoch_seconds_float32: The same epoch in float32.
+        epoch_floor_seconds_float32: Its matrix products alone.
         epoch_seconds_bf16: The same epoch with bf16 autocast.
         epoch_floor_seconds_bf16: Its matrix products in bf16.
-        validation_seconds: The 31 other cases, float32.
+        validation_seconds: The 31 other cases, in the default's precision.
         device: Where.
         threads: On a CPU.
     """
@@ -56,7 +60,9 @@ class TrainBench:
     small_floor_seconds: float
     above_floor: float
     epoch_seconds: float
-    epoch_floor_seconds: float
+    precision: str
+    epoch_seconds_float32: float
+    epoch_floor_seconds_float32: float
     epoch_seconds_bf16: float
     epoch_floor_seconds_bf16: float
     validation_seconds: float
@@ -71,16 +77,18 @@ class TrainBench:
 
         return (
             f"hierarchical, {DIM} features, on {self.device} ({self.threads} threads); medians\n"
-            f"step, 1 × {STAINS} × {SLICES} × 500   {ms(self.step_seconds)}   "
+            f"step, 1 × {STAINS} × {SLICES} × {LARGE}   {ms(self.step_seconds)}   "
             f"matrix products {ms(self.floor_seconds)}   ratio {self.step_over_floor:.2f}\n"
-            f"step, 8 × {STAINS} × {SLICES} × 20    {ms(self.small_step_seconds)}   "
+            f"step, 8 × {STAINS} × {SLICES} × {SMALL}    {ms(self.small_step_seconds)}   "
             f"matrix products {ms(self.small_floor_seconds)}   slice by slice {ms(self.loop_seconds)}   "
             f"above the floor {self.above_floor:.2f} of the loop's\n"
             f"epoch, {LAB_TRAIN} cases, {LAB_PATCHES:,} patches\n"
-            f"  float32  {self.epoch_seconds:.3f} s   matrix products {self.epoch_floor_seconds:.3f} s\n"
+            f"  float32  {self.epoch_seconds_float32:.3f} s   matrix products "
+            f"{self.epoch_floor_seconds_float32:.3f} s\n"
             f"  bf16     {self.epoch_seconds_bf16:.3f} s   matrix products "
             f"{self.epoch_floor_seconds_bf16:.3f} s\n"
-            f"validation of {LAB_OTHER} cases, float32  {self.validation_seconds:.3f} s"
+            f"  default here: train.amp {self.precision}\n"
+            f"validation of {LAB_OTHER} cases, so too  {self.validation_seconds:.3f} s"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -100,9 +108,9 @@ def bench_train(device: str = "auto", rounds: int = 7) -> TrainBench:
     if where.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(0)
-    large = _steps(_Cohort([500 * STAINS * SLICES], where), where)
-    small = _steps(_Cohort([20 * STAINS * SLICES] * 8, where), where)
-    small["loop"] = _by_slice(_Cohort([20 * STAINS * SLICES] * 8, where), where)
+    large = _steps(MadeUpCases([LARGE * STAINS * SLICES], where), where)
+    small = _steps(MadeUpCases([SMALL * STAINS * SLICES] * 8, where), where)
+    small["loop"] = _by_slice(MadeUpCases([SMALL * STAINS * SLICES] * 8, where), where)
     epochs = _epochs(where)
     timed = [_rounds(each, where, rounds) for each in (large, small, epochs)]
     step, packed, epoch = timed
@@ -119,8 +127,10 @@ def bench_train(device: str = "auto", rounds: int = 7) -> TrainBench:
         loop_seconds=median(packed["loop"]),
         small_floor_seconds=median(packed["floor"]),
         above_floor=median(above),
-        epoch_seconds=median(epoch["off"]),
-        epoch_floor_seconds=median(epoch["off floor"]),
+        epoch_seconds=median(epoch[choose_amp("auto", where)]),
+        precision=choose_amp("auto", where),
+        epoch_seconds_float32=median(epoch["off"]),
+        epoch_floor_seconds_float32=median(epoch["off floor"]),
         epoch_seconds_bf16=median(epoch["bf16"]),
         epoch_floor_seconds_bf16=median(epoch["bf16 floor"]),
         validation_seconds=median(epoch["validation"]),
@@ -129,11 +139,11 @@ def bench_train(device: str = "auto", rounds: int = 7) -> TrainBench:
     )
 
 
-class _Cohort(CaseBags):
+class MadeUpCases(CaseBags):
     """Made-up cases in memory: 3 stains of 5 slices each, sizes given."""
 
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
-        self.device = device
+        self.device, self.views = device, 1
         self.outlines = {str(i): _outline(i, size, sum(sizes[:i])) for i, size in enumerate(sizes)}
         self._by_row = case_of_row(self.outlines)
         self._start = {case: first for first, case in self._by_row}
@@ -157,7 +167,7 @@ def _outline(number: int, size: int, first: int) -> Bag:
     )
 
 
-def _steps(cohort: _Cohort, device: torch.device) -> dict[str, Callable[[], object]]:
+def _steps(cohort: MadeUpCases, device: torch.device) -> dict[str, Callable[[], object]]:
     head = build_head(HeadConfig(), DIM, CLASSES).to(device).train()
     batch = cohort.batch(list(cohort.outlines.values()))
 
@@ -169,7 +179,7 @@ def _steps(cohort: _Cohort, device: torch.device) -> dict[str, Callable[[], obje
     return {"step": step, "floor": _floor(batch.features.float())}
 
 
-def _by_slice(cohort: _Cohort, device: torch.device) -> Callable[[], object]:
+def _by_slice(cohort: MadeUpCases, device: torch.device) -> Callable[[], object]:
     """The same head, as it is usually written: a loop over cases, stains and slices."""
     built = build_head(HeadConfig(), DIM, CLASSES).to(device).train()
     assert isinstance(built, Hierarchical)
@@ -224,7 +234,7 @@ def _epochs(device: torch.device) -> dict[str, Callable[[], object]]:
     sizes = np.maximum(STAINS * SLICES, (share * LAB_PATCHES).astype(int))
     sizes[0] += LAB_PATCHES - sizes.sum()
     other = [LAB_PATCHES // LAB_TRAIN] * LAB_OTHER
-    cohort = _Cohort([*sizes.tolist(), *other], device)
+    cohort = MadeUpCases([*sizes.tolist(), *other], device)
     cases = list(cohort.outlines)
     split = Split(tuple(cases[:LAB_TRAIN]), tuple(cases[LAB_TRAIN:]), ())
     assert cohort.resident is not None
@@ -236,7 +246,7 @@ def _epochs(device: torch.device) -> dict[str, Callable[[], object]]:
         features = [cohort.features(case).to(dtype) for case in split.train]
         found[amp] = _epoch_of(training)
         found[f"{amp} floor"] = _all([_floor(x) for x in features])
-        if amp == "off":
+        if amp == choose_amp("auto", device):
             found["validation"] = _validation_of(training, split.val)
     return found
 

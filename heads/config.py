@@ -55,6 +55,12 @@ class TrainConfig(Section):
     optimizer: Literal["adam", "adamw"] = Field("adam", description="adam | adamw")
     lr: float = Field(3e-4, gt=0, description="learning rate")
     weight_decay: float = Field(2e-4, ge=0, description="weight decay")
+    weight_decay_mode: Literal["constant", "adaptive"] = Field(
+        "constant", description="constant | adaptive: stronger where a layer's gradient is larger"
+    )
+    weight_decay_alpha: float = Field(
+        4.0, ge=0, le=1000, description="adaptive: how much stronger; 0: as constant"
+    )
     scheduler: Literal["plateau", "cosine", "none"] = Field(
         "plateau", description="plateau | cosine | none"
     )
@@ -69,7 +75,9 @@ class TrainConfig(Section):
     grad_clip: Weight | Auto = Field(
         "auto", description="largest norm of the gradient; 0: any; auto: dual_stream 0.5, any other head 0"
     )
-    amp: Literal["off", "bf16", "fp16"] = Field("off", description="off | bf16 | fp16 (GPU)")
+    amp: Literal["auto", "off", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 where the device is made for it, else off | off | bf16 | fp16 (GPU)"
+    )
     ema_decay: float = Field(
         0.0,
         ge=0,
@@ -122,6 +130,12 @@ class TrainConfig(Section):
         "auto: dual_stream random, any other head all",
     )
     bag_size: int = Field(64, ge=1, description="patches a bag in training, unless sampling is all")
+    stain_dropout: float = Field(
+        0.0, ge=0, le=1, description="in training, a case loses each stain with this probability, never all"
+    )
+    case_sampling: Literal["all", "balanced"] = Field(
+        "all", description="cases of an epoch: each once (all), or as many of every class (balanced)"
+    )
     sub_cases: SubCases | None = Field(
         None, description="{n, by: range|stride|slice, classes}: split training cases into n sub-bags"
     )
@@ -149,6 +163,11 @@ class RunsConfig(Section):
     threshold: Literal["argmax", "validation"] = Field(
         "argmax",
         description="argmax: the more probable class | validation: by Youden's index on those cases",
+    )
+    calibration: Literal["none", "temperature"] = Field(
+        "none",
+        description="of test probabilities: none | temperature: logits divided by one number, "
+        "fitted on the validation cases",
     )
     analyze_attention: bool = Field(
         False, description="write the test cases' attention, patch by patch, to attention_analysis/"
@@ -203,6 +222,8 @@ _STEPS = (
     "optimizer",
     "lr",
     "weight_decay",
+    "weight_decay_mode",
+    "weight_decay_alpha",
     "scheduler",
     "scheduler_patience",
     "scheduler_factor",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from featstore.cohort.splits import read_split
 from featstore.errors import ConfigError
 from featstore.process import stop_on_signal
 from featstore.settings import leaves
@@ -13,9 +14,18 @@ from featstore.store import Store
 from heads.cohort import check_unchanged, describe, load_bags, read_cohort, sizes
 from heads.config import Config, resolved, unused_settings
 from heads.evaluation.results import Evaluation, check_threshold
-from heads.evaluation.runs import RunFolder, create_run, find_run, read_about, read_config
+from heads.evaluation.runs import (
+    RunError,
+    RunFolder,
+    create_run,
+    find_run,
+    held,
+    read_about,
+    read_config,
+    read_own_split,
+)
 from heads.models.head import load_plugin
-from heads.run import PARTS, TrainedRun, begin, evaluate_run, prepare, restore, train_run
+from heads.run import PARTS, TrainedRun, begin, evaluate_run, prepare, restore, settled, train_run
 from heads.training.loop import Progress
 
 MACHINE = ("device", "memory_gb", "processes")  # settings of a place, not of a training
@@ -41,34 +51,51 @@ def train_project(
         FeatstoreError: Whatever stands in the way; TrainingError if the training itself fails.
     """
     runs = project / config.runs.path
-    if resume is not None:
-        run = find_run(runs, _run_of(resume), finished=False)
-        config, about = on_this_machine(own_config(config, run, tell), config), read_about(run)
-        split, _ = read_split(run.splits, list(about["labels"]), {}, normalize_cases=False)
-        load_plugin(plugin_of(config, project))
-        store = Store.open(project / config.store.path)
-        bags = load_bags(config, store, about["labels"], tell, about["store"]["fingerprint"])
-        check_unchanged(bags, about, tell)
-    else:
-        config = resolved(config)
-        load_plugin(plugin_of(config, project))
-        store = Store.open(project / config.store.path)
-        names, labels, split = read_cohort(config, project, store, tell)
-        check_threshold(config.runs, [labels[case] for case in split.val], names)
-        tell_unused(config, tell)
-        bags = load_bags(config, store, labels, tell)
-        about = describe(bags, names, labels, split)
-        run = None
-    training = prepare(config, about, bags, split)
-    if run is not None:
-        restore(training, run, config, about)
-        tell(f"going on with {run.path} after epoch {training.progress.epoch}")
-    else:
-        run = create_run(runs, config.runs.suffix)
-        begin(run, config, about, split)
-        tell(f"{run.path}: {config.head.name} on {sizes(split)}, {bags.device}")
-    with stop_on_signal() as received:
+    with ExitStack() as holding:
+        if resume is not None:
+            run = find_run(runs, _run_of(resume), finished=False)
+            about = read_about(run)
+            refuse_imported(run, about)
+            holding.enter_context(held(run.locked))
+            config = on_this_machine(own_config(config, run, tell), config)
+            split = read_own_split(run, about)
+            load_plugin(plugin_of(config, project))
+            store = Store.open(project / config.store.path)
+            bags = load_bags(config, store, about["labels"], tell, about["store"]["fingerprint"])
+            check_unchanged(bags, about, tell)
+        else:
+            config = resolved(config)
+            load_plugin(plugin_of(config, project))
+            store = Store.open(project / config.store.path)
+            names, labels, split = read_cohort(config, project, store, tell)
+            check_threshold(config.runs, [labels[case] for case in split.val], names)
+            tell_unused(config, tell)
+            bags = load_bags(config, store, labels, tell)
+            config = settled(config, bags.device)
+            about = describe(bags, names, labels, split)
+            run = None
+        training = prepare(config, about, bags, split)
+        if run is not None:
+            restore(training, run, config, about)
+            tell(f"going on with {run.path} after epoch {training.progress.epoch}")
+        else:
+            run = create_run(runs, config.runs.suffix)
+            holding.enter_context(held(run.path))
+            begin(run, config, about, split)
+            tell(f"{run.path}: {config.head.name} on {sizes(split)}, {bags.device}")
+        received = holding.enter_context(stop_on_signal())
         return train_run(run, training, config, about, received, tell, observe)
+
+
+def refuse_imported(run: RunFolder, about: dict[str, Any]) -> None:
+    """Raises RunError if the run is an imported checkpoint, which has no training to go on with."""
+    if "imported" in about:
+        raise RunError(
+            "this run is an imported checkpoint, and has no training to go on with",
+            expected="a run that featstore trained",
+            where=str(run.path),
+            fix=f"featstore evaluate {run.path}; or train anew: featstore train-head",
+        )
 
 
 def evaluate_project(
@@ -77,7 +104,7 @@ def evaluate_project(
     """Evaluate a run's best and last epoch again, from its checkpoints alone.
 
     Args:
-        config: The project's settings; of the run, its own are used.
+        config: The project's settings; of the run its own are used, but for what ``runs`` says here.
         project: The folder that relative paths start from.
         wanted: The run; the newest finished one by default.
         part: ``test`` (whose files in the run folder are written anew), ``val`` or ``train``.
@@ -90,9 +117,11 @@ def evaluate_project(
         raise ConfigError(f"--part is {part!r}", expected=" | ".join(PARTS), fix="--part test")
     run = find_run(project / config.runs.path, wanted)
     mine, about = read_config(run), read_about(run)
-    mine = on_this_machine(mine, config).model_copy(update={"runs": config.runs})
+    asked = {name: getattr(config.runs, name) for name in config.runs.model_fields_set}
+    mine = on_this_machine(mine, config)
+    mine = mine.model_copy(update={"runs": mine.runs.model_copy(update=asked)})
     load_plugin(plugin_of(mine, project))
-    split, _ = read_split(run.splits, list(about["labels"]), {}, normalize_cases=False)
+    split = read_own_split(run, about)
     store = Store.open(project / mine.store.path)
     bags = load_bags(mine, store, about["labels"], tell, about["store"]["fingerprint"])
     check_unchanged(bags, about, tell)

@@ -12,7 +12,7 @@ import torch
 
 from featstore.cohort.splits import Split, save_split
 from featstore.resident import CaseBags
-from heads.config import Config
+from heads.config import Config, RunsConfig
 from heads.evaluation.checkpoints import (
     identity_of,
     load_best,
@@ -21,11 +21,19 @@ from heads.evaluation.checkpoints import (
     save_state,
     unreadable,
 )
+from heads.evaluation.imported import ImportedEvaluation
 from heads.evaluation.plots import plot_history
-from heads.evaluation.results import Evaluation, evaluate_heads, history_frame, write_results
-from heads.evaluation.runs import RunFolder, read_config, write_config, write_history, write_json
+from heads.evaluation.results import (
+    Evaluation,
+    check_threshold,
+    evaluate_heads,
+    history_frame,
+    write_results,
+)
+from heads.evaluation.runs import RunError, RunFolder, read_config, write_config, write_history, write_json
 from heads.models.head import Head, build_head
 from heads.training.loop import Progress, Training, TrainingError, is_finished
+from heads.training.optimizer import choose_amp
 
 SAVE_SECONDS = 10.0  # of training that a killed process may lose
 PARTS = ("train", "val", "test")
@@ -61,6 +69,12 @@ class TrainedRun:
         if self.evaluation is not None:
             return {**self.evaluation.to_json(), "interrupted": None}
         return {"run": str(self.run.path), "epochs": self.epochs, "interrupted": self.interrupted}
+
+
+def settled(config: Config, device: torch.device) -> Config:
+    """The config with what ``auto`` stands for on a device: what was trained in is part of the run."""
+    amp = choose_amp(config.train.amp, device)
+    return config.model_copy(update={"train": config.train.model_copy(update={"amp": amp})})
 
 
 def prepare(config: Config, about: dict[str, Any], bags: CaseBags, split: Split) -> Training:
@@ -151,8 +165,11 @@ def evaluate_run(
     """Evaluate the best and the last epoch from the checkpoints; of the test cases, write the files.
 
     Raises:
-        RunError: A checkpoint is missing, damaged, or of another training.
+        RunError: A checkpoint is missing, damaged, or of another training; or there are no such cases.
+        ConfigError: No threshold can be chosen from the validation cases.
     """
+    cases = dict(zip(PARTS, (split.train, split.val, split.test), strict=True))
+    _check_cases(run, config, about, cases, part)
     state = load_state(run.last, identity_of(config, about))
     last = build_head(config.head, int(about["dim"]), len(about["class_names"]))
     weights = state["head"] if state["ema"] is None else _averaged(state["ema"])
@@ -160,7 +177,6 @@ def evaluate_run(
         "best": load_best(run, config, about),
         "last": load_weights(last, weights, run.last),
     }
-    cases = dict(zip(PARTS, (split.train, split.val, split.test), strict=True))
     done, attention = evaluate_heads(
         run,
         heads,
@@ -180,11 +196,38 @@ def evaluate_run(
             f"warning: the training is not finished, and nothing is written; "
             f"to go on: featstore train-head --resume {run.path}"
         )
-    elif config.runs.threshold != read_config(run).runs.threshold:
-        tell("warning: another threshold than the run's own: shown here, nothing is written")
+    elif others := _others(config.runs, read_config(run).runs):
+        tell(f"warning: another {others} than the run's own: shown here, nothing is written")
     elif part == "test":
-        write_results(done, config, history_frame(state["progress"]["history"]), attention)
-    return done
+        rows = state["progress"]["history"]
+        history = history_frame(rows) if rows else pd.DataFrame({"epoch": []})  # imported: no training
+        write_results(done, config, history, attention)
+    return ImportedEvaluation.of(done, about["imported"]) if "imported" in about else done
+
+
+def _others(asked: RunsConfig, own: RunsConfig) -> str:
+    """The settings that decide the test cases' results and are not the run's own."""
+    names = ("threshold", "calibration")
+    return " and ".join(name for name in names if getattr(asked, name) != getattr(own, name))
+
+
+def _check_cases(
+    run: RunFolder, config: Config, about: dict[str, Any], cases: dict[str, tuple[str, ...]], part: str
+) -> None:
+    """Raises unless there are cases of this part, and of validation where something is fitted to them."""
+    fitted = config.runs.threshold != "argmax" or config.runs.calibration != "none"
+    for name in [part] + ["val"] * fitted:
+        if not cases[name]:
+            raise RunError(
+                f"the run has no {name} cases",
+                expected="cases to evaluate"
+                if name == part
+                else "validation cases for the threshold or the calibration",
+                where=str(run.path),
+                fix="--part test --threshold argmax --calibration none, or import the checkpoint with its "
+                "--load-splits",
+            )
+    check_threshold(config.runs, [about["labels"][case] for case in cases["val"]], about["class_names"])
 
 
 class _Saver:

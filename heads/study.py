@@ -13,12 +13,12 @@ from featstore.store import Store
 from heads.cohort import check_unchanged, describe, labelled_cases, labels_of, load_bags, read_folds, sizes
 from heads.config import Config, resolved
 from heads.evaluation.results import check_threshold
-from heads.evaluation.runs import RunFolder
+from heads.evaluation.runs import RunFolder, held
 from heads.evaluation.studies import Study, create_study, open_study
 from heads.evaluation.study_report import StudyReport, write_report
 from heads.models.head import load_plugin
 from heads.project import on_this_machine, own_config, plugin_of, tell_unused
-from heads.run import prepare
+from heads.run import prepare, settled
 from heads.study_trainings import Outcome, process_count, train_in_processes, train_in_turn
 
 _SEEDS = 2**32
@@ -60,18 +60,20 @@ def study_project(
         check_threshold(config.runs, [labels[case] for case in split.val], cohort.class_names)
     tell_unused(config, tell)
     fold, first = next(iter(splits.items()))
-    held = [load_bags(config, store, labels, tell)]
-    about = describe(held[0], cohort.class_names, labels, first) | {
+    bags = [load_bags(config, store, labels, tell)]
+    config = settled(config, bags[0].device)
+    about = describe(bags[0], cohort.class_names, labels, first) | {
         "folds": list(splits),
         "seeds": list(range(config.train.seed, config.train.seed + seeds)),
     }
     del about["cases"]  # which differ by fold
-    prepare(config, about, held[0], first)  # what no training can do is refused before there is a folder
+    prepare(config, about, bags[0], first)  # what no training can do is refused before there is a folder
     study = create_study(project / config.runs.path, config, about, splits)
     count = f"{len(splits)} folds" if len(splits) > 1 else "1 split"
     count += f" × {seeds} seeds" if seeds > 1 else " × 1 seed"
-    tell(f"{study.folder.path}: {config.head.name}, {count}, fold {fold}: {sizes(first)}, {held[0].device}")
-    return _train(study, project, held, tell)
+    tell(f"{study.folder.path}: {config.head.name}, {count}, fold {fold}: {sizes(first)}, {bags[0].device}")
+    with held(study.folder.path):
+        return _train(study, project, bags, tell)
 
 
 def resume_study(
@@ -89,17 +91,18 @@ def resume_study(
         FeatstoreError: Study or store cannot be used.
     """
     study = open_study(project / config.runs.path, wanted)
-    mine = on_this_machine(own_config(config, RunFolder(study.folder.path), tell), config)
-    study, about = replace(study, config=mine), study.about
-    left = _left(study)
-    tell(f"going on with {study.folder.path}: {len(left)} of {len(study.trainings)} trainings to do")
-    if not left:
-        return write_report(study, mine.runs.resamples)
-    load_plugin(plugin_of(mine, project))
-    store = Store.open(project / mine.store.path)
-    held = [load_bags(mine, store, about["labels"], tell, about["store"]["fingerprint"])]
-    check_unchanged(held[0], about, tell)
-    return _train(study, project, held, tell)
+    with held(study.folder.path):
+        mine = on_this_machine(own_config(config, RunFolder(study.folder.path), tell), config)
+        study, about = replace(study, config=mine), study.about
+        left = _left(study)
+        tell(f"going on with {study.folder.path}: {len(left)} of {len(study.trainings)} trainings to do")
+        if not left:
+            return write_report(study, mine.runs.resamples)
+        load_plugin(plugin_of(mine, project))
+        store = Store.open(project / mine.store.path)
+        bags = [load_bags(mine, store, about["labels"], tell, about["store"]["fingerprint"])]
+        check_unchanged(bags[0], about, tell)
+        return _train(study, project, bags, tell)
 
 
 def evaluate_study(config: Config, project: Path, wanted: Path) -> StudyReport:
@@ -122,14 +125,14 @@ def _left(study: Study) -> list[tuple[int, int]]:
     return [each for each in study.trainings if study.folder.status(*each) != "finished"]
 
 
-def _train(study: Study, project: Path, held: list[CaseBags], tell: Callable[[str], None]) -> StudyReport:
-    """Train what is left, and write the report; ``held`` is the cohort, let go of where others load it."""
+def _train(study: Study, project: Path, bags: list[CaseBags], tell: Callable[[str], None]) -> StudyReport:
+    """Train what is left, and write the report; ``bags`` is the cohort, let go of where others load it."""
     todo, train = _left(study), study.config.train
     number, total = len(study.trainings) - len(todo), len(study.trainings)
-    memory = memory_budget(train.memory_gb, held[0].device)
+    memory = memory_budget(train.memory_gb, bags[0].device)
     if train.memory_gb == "auto":
-        memory += held[0].bytes // 2  # half of what was free before
-    count = process_count(study.config, held[0], len(todo), memory)
+        memory += bags[0].bytes // 2  # half of what was free before
+    count = process_count(study.config, bags[0], len(todo), memory)
 
     def show(outcome: Outcome) -> None:
         nonlocal number
@@ -138,9 +141,9 @@ def _train(study: Study, project: Path, held: list[CaseBags], tell: Callable[[st
 
     with stop_on_signal() as received:
         if count == 1:
-            train_in_turn(study, held[0], todo, received, show, tell)
+            train_in_turn(study, bags[0], todo, received, show, tell)
         else:
-            held.clear()
+            bags.clear()
             tell(f"{count} trainings at once")
             train_in_processes(study, project, count, memory // count, todo, received, show)
     return write_report(study, study.config.runs.resamples, received[0] if received else None)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
 import heads.cohort
@@ -29,6 +30,7 @@ from heads.evaluation.metrics import youden_threshold
 from heads.evaluation.predict import predict
 from heads.evaluation.runs import RunFolder, read_about, read_config
 from heads.models.outputs import effective_attention
+from heads.training.optimizer import choose_amp
 from tests import helpers
 from tests.command_line import answer, listing, make_project, refused, succeeded
 
@@ -57,7 +59,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     said = succeeded(project, "train-head", "--suffix", "flat", "--model", "dual_stream").stdout
     for part in ("dual_stream on 9 train, 3 val, 3 test cases", "epoch   4/4", "AUC", "split: "):
         assert part in said
-    succeeded(project, "train-head", "--suffix", "tree", "--analyze-attention")
+    succeeded(project, "train-head", "--suffix", "tree", "--analyze-attention", "--amp", "off")
     return project
 
 
@@ -169,6 +171,12 @@ def test_every_row_of_the_attention_is_of_its_file(trained: Path) -> None:
     assert len(set(found.values())) > 30
     listed = dict(zip(table["path"], table["effective_attention"], strict=True))
     assert listed == pytest.approx(found, rel=1e-4)
+
+
+def test_the_precision_that_auto_stood_for_is_on_record(trained: Path) -> None:
+    auto = read_config(RunFolder(run_of(trained, "flat"))).train.amp
+    assert auto == choose_amp("auto", torch.device("cpu")) != "auto"
+    assert read_config(RunFolder(run_of(trained, "tree"))).train.amp == "off"
 
 
 def test_evaluate_gives_the_same_numbers_again(trained: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,6 +50,27 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return found.hexdigest()
 
 
+def read_plain(path: Path) -> Any:
+    """What a torch file holds, without running any code in it.
+
+    Raises:
+        ValueError: It is damaged, or holds Python objects.
+    """
+    try:
+        if zipfile.is_zipfile(path):  # torch itself does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                if (broken := archive.testzip()) is not None:
+                    raise ValueError(f"{broken} in it fails its checksum")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch on pickle protocols
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch raises depends on where the bytes stop making sense
+        reason = (
+            "it holds Python objects, which can run code" if "weights_only" in str(error) else str(error)
+        )
+        raise ValueError(reason.splitlines()[0] if reason else "it is empty") from error
+
+
 def load_state(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     """Read ``last.pth``, without running any code in it.
 
@@ -60,18 +82,11 @@ def load_state(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         RunError: It is none, is damaged, or belongs to another head.
     """
     try:
-        if zipfile.is_zipfile(path):  # torch itself does not look at the checksums
-            with zipfile.ZipFile(path) as archive:
-                if (broken := archive.testzip()) is not None:
-                    raise ValueError(f"{broken} in it fails its checksum")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_plain(path)
         if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):
             raise ValueError("it lacks a featstore training's state")
-    except Exception as error:  # what torch raises depends on where the bytes stop making sense
-        reason = (
-            "it holds Python objects, which can run code" if "weights_only" in str(error) else str(error)
-        )
-        raise unreadable(path, reason.splitlines()[0] if reason else "it is empty") from error
+    except ValueError as error:
+        raise unreadable(path, str(error)) from error
     _same_identity(path, state.pop("identity"), identity)
     try:
         _check_state(state)

@@ -16,8 +16,8 @@ from heads.config import TrainConfig
 from heads.models.head import Head
 from heads.models.outputs import HeadOutput, effective_attention
 from heads.training.data import micro_batches
-from heads.training.loop import autocast
 from heads.training.objective import Objective
+from heads.training.optimizer import autocast
 
 
 @dataclass(frozen=True)

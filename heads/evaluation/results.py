@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 
+from featstore.bags import BagBatch
 from featstore.cohort.tables import write_csv
 from featstore.errors import ConfigError
 from featstore.resident import CaseBags
-from heads.config import Config, RunsConfig
-from heads.evaluation.metrics import Metrics, evaluate, youden_threshold
+from heads.config import Config, RunsConfig, TrainConfig
+from heads.evaluation.calibration import Calibration, calibrate
+from heads.evaluation.metrics import Floats, Metrics, evaluate, youden_threshold
 from heads.evaluation.plots import plot_confusion, plot_deviation, plot_history
 from heads.evaluation.predict import PatchAttention, Predictions, predict
 from heads.evaluation.runs import RunFolder, write_json
 from heads.models.head import Head
+from heads.models.outputs import HeadOutput
 
 ATTENTION = "attention_analysis/patch_attention.csv"
 
@@ -36,6 +39,7 @@ class Evaluation:
         best_epoch: Its number, from 1.
         best_val_loss: Its validation loss.
         epochs: Epochs trained.
+        calibration: Of ``best`` and of ``last``; empty without calibration.
     """
 
     run: RunFolder
@@ -45,6 +49,7 @@ class Evaluation:
     best_epoch: int
     best_val_loss: float
     epochs: int
+    calibration: Mapping[str, Calibration] = field(default_factory=dict)
 
     def to_text(self) -> str:
         """Losses, accuracy and AUC, and where the rest is."""
@@ -57,6 +62,8 @@ class Evaluation:
                 f"  {self.part}, {name} epoch: {metrics.n} cases  loss {predictions.loss:.4f}  "
                 f"accuracy {_shown(metrics, 'accuracy')}  AUC {_shown(metrics, 'auc')}"
             )
+            if name in self.calibration:
+                lines.append(f"    {self.calibration[name].to_text()}")
         if (threshold := self.best[1].threshold) is not None:
             lines.append(f"  threshold {threshold:.3f}, from the validation cases")
         return "\n".join(lines)
@@ -69,9 +76,15 @@ class Evaluation:
             "best_epoch": self.best_epoch,
             "best_val_loss": self.best_val_loss,
             "epochs": self.epochs,
-            "best": {"loss": self.best[0].loss, **self.best[1].to_json()},
-            "last": {"loss": self.last[0].loss, **self.last[1].to_json()},
+            "best": {"loss": self.best[0].loss, **self.metrics("best")},
+            "last": {"loss": self.last[0].loss, **self.metrics("last")},
         }
+
+    def metrics(self, name: Literal["best", "last"]) -> dict[str, Any]:
+        """The metrics of the best or the last epoch, and its calibration if there is one, as JSON types."""
+        metrics = self.best[1] if name == "best" else self.last[1]
+        done = self.calibration.get(name)
+        return metrics.to_json() | ({} if done is None else {"calibration": done.to_json()})
 
 
 def check_threshold(runs: RunsConfig, val_labels: Sequence[int], class_names: Sequence[str]) -> None:
@@ -123,14 +136,20 @@ def evaluate_heads(
         PatchAttention(bags, class_names) if config.runs.analyze_attention and part == "test" else None
     )
     found: dict[str, tuple[Predictions, Metrics]] = {}
+    calibration: dict[str, Calibration] = {}
     for name, head in heads.items():
-        nothing: Callable[..., None] = lambda batch, output: None  # noqa: E731
-        observe = attention if attention is not None and name == "best" else nothing
-        predictions = predict(head, bags, cases[part], config.train, weights, observe)
+        observe = attention if name == "best" else None
+        logits, predictions = _predict(head, bags, cases[part], config.train, weights, observe)
         threshold = None
-        if config.runs.threshold == "validation":
-            seen = predict(head, bags, cases["val"], config.train, weights)
-            threshold = youden_threshold(seen.labels, seen.probabilities[:, -1])
+        if config.runs.calibration == "temperature" or config.runs.threshold == "validation":
+            seen_logits, seen = _predict(head, bags, cases["val"], config.train, weights)
+            if config.runs.calibration == "temperature":
+                done = calibrate(seen_logits, seen.labels, logits, predictions.labels, class_names)
+                calibration[name], scaled = done, done.temperature.probabilities
+                predictions = replace(predictions, probabilities=scaled(logits))
+                seen = replace(seen, probabilities=scaled(seen_logits))
+            if config.runs.threshold == "validation":
+                threshold = youden_threshold(seen.labels, seen.probabilities[:, -1])
         metrics = evaluate(
             predictions.labels,
             predictions.probabilities,
@@ -139,7 +158,7 @@ def evaluate_heads(
             resamples=config.runs.resamples,
         )
         found[name] = (predictions, metrics)
-    done = Evaluation(
+    evaluation = Evaluation(
         run,
         part,
         found["best"],
@@ -147,8 +166,29 @@ def evaluate_heads(
         int(progress["best_epoch"]),
         float(progress["best_val_loss"]),
         int(progress["epoch"]),
+        calibration,
     )
-    return done, attention.table() if attention is not None and attention.seen else None
+    return evaluation, attention.table() if attention is not None and attention.seen else None
+
+
+def _predict(
+    head: Head,
+    bags: CaseBags,
+    cases: Sequence[str],
+    train: TrainConfig,
+    weights: torch.Tensor | None,
+    attention: PatchAttention | None = None,
+) -> tuple[Floats, Predictions]:
+    """(N, C) logits of cases, and what `predict` makes of them."""
+    logits: list[torch.Tensor] = []
+
+    def observe(batch: BagBatch, output: HeadOutput) -> None:
+        logits.append(output.logits.double().cpu())
+        if attention is not None:
+            attention(batch, output)
+
+    predictions = predict(head, bags, cases, train, weights, observe)
+    return np.asarray(torch.cat(logits).numpy(), np.float64), predictions
 
 
 def write_results(
@@ -169,7 +209,7 @@ def write_results(
         folder / "deviation_plot.png",
     )
     plot_history(history, folder)
-    write_json(folder / "metrics.json", {"test": metrics.to_json(), "test_last": done.last[1].to_json()})
+    write_json(folder / "metrics.json", {"test": done.metrics("best"), "test_last": done.metrics("last")})
     (folder / "results.txt").write_text(_results_text(done), encoding="utf-8")
     write_json(
         done.run.results,
@@ -179,8 +219,8 @@ def write_results(
                 "epochs": done.epochs,
                 "best_epoch": done.best_epoch,
             },
-            "test": _results(*done.best),
-            "test_last": _results(*done.last),
+            "test": _results(*done.best, done.calibration.get("best")),
+            "test_last": _results(*done.last, done.calibration.get("last")),
             "args": config.model_dump(),
         },
     )
@@ -209,7 +249,7 @@ def predicted(predictions: Predictions, metrics: Metrics) -> list[int]:
     return [int(p >= metrics.threshold) for p in predictions.probabilities[:, 1]]
 
 
-def _results(predictions: Predictions, metrics: Metrics) -> dict[str, Any]:
+def _results(predictions: Predictions, metrics: Metrics, calibration: Calibration | None) -> dict[str, Any]:
     return {
         "test_loss": predictions.loss,
         "test_accuracy": metrics.accuracy.value,
@@ -222,6 +262,7 @@ def _results(predictions: Predictions, metrics: Metrics) -> dict[str, Any]:
         "num_samples": metrics.n,
         "class_names": list(metrics.class_names),
         "threshold": metrics.threshold,
+        "calibration": None if calibration is None else calibration.to_json(),
     }
 
 
@@ -237,6 +278,7 @@ def _results_text(done: Evaluation) -> str:
             f"Test AUC: {_shown(metrics, 'auc')}",
             f"Number of samples: {metrics.n}",
             *([] if metrics.threshold is None else [f"Threshold (validation): {metrics.threshold:.3f}"]),
+            *([f"Calibration: {done.calibration[name].to_text()}"] if name in done.calibration else []),
             "",
         ]
     return "\n".join(lines)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,13 +17,15 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from featstore.cohort.names import natural_key
+from featstore.cohort.names import natural_key, natural_sorted
+from featstore.cohort.splits import Split, read_split
 from featstore.errors import ConfigError, FeatstoreError
 from featstore.settings import Layers
 from featstore.strict_yaml import parse, read_file
 from heads.config import Config
 
 STUDY = "study.json"  # what makes a folder a study
+_LOCK = ".lock"
 
 
 class RunError(FeatstoreError):
@@ -66,6 +72,12 @@ class RunFolder:
     def results(self) -> Path:
         """Written last: with it the run is finished."""
         return self.path / "results.json"
+
+    @property
+    def locked(self) -> Path:
+        """The folder that a training in this one holds: that of its study, if it is of one."""
+        study = self.path.absolute().parent.parent
+        return study if (study / STUDY).is_file() else self.path
 
     @property
     def finished(self) -> bool:
@@ -142,10 +154,45 @@ def find_run(runs: Path, wanted: Path | None, finished: bool = True) -> RunFolde
     return max(chosen, key=lambda run: natural_key(run.path.name))
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in this folder, for as long as this one lives.
+
+    Args:
+        folder: Of a run or a study.
+
+    Raises:
+        RunError: Another process holds it.
+    """
+    # The kernel lets go of the lock with the process, however that ends: none is ever stale.
+    with open(folder / _LOCK, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                "another process is training here",
+                expected="one at a time",
+                where=str(folder),
+                fix="wait until it has ended, or stop it; a lock of a process that is gone does not stay",
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        yield
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON aside and move it into place."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """Write JSON aside and move it into place; a number that is none (NaN, infinite) becomes null."""
+    text = json.dumps(_strict(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     _replace(path, text.encode())
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _strict(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_history(run: RunFolder, history: pd.DataFrame) -> None:
@@ -199,6 +246,21 @@ def read_about(run: RunFolder) -> dict[str, Any]:
         RunError: It is damaged.
     """
     return read_description(run.about)
+
+
+def read_own_split(run: RunFolder, about: Mapping[str, Any]) -> Split:
+    """The split of a run, as it was trained; of a checkpoint imported without one, all are test cases.
+
+    Args:
+        run: The folder.
+        about: What `read_about` gave.
+
+    Raises:
+        CohortError: The file is missing or damaged.
+    """
+    if about.get("imported", {}).get("splits", "") is None:
+        return Split((), (), tuple(natural_sorted(about["labels"])))
+    return read_split(run.splits, list(about["labels"]), {}, normalize_cases=False)[0]
 
 
 def read_description(path: Path) -> dict[str, Any]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from featstore.bags import BagBatch
+from heads.models.attention_pool import AttentionPool, PoolKind
 from heads.models.config import AttentionConfig
 from heads.models.dropout import Dropout
-from heads.models.head import ProjectedHead, register_head
+from heads.models.head import Classifier, ProjectedHead, register_head
 from heads.models.outputs import HeadOutput
-from heads.models.pooling import AttentionPool, PoolKind
 
 
 @register_head("abmil", AttentionConfig)
@@ -37,7 +35,7 @@ class ABMIL(ProjectedHead):
         dropout = config.rate(config.attention_dropout)
         self.pool = AttentionPool(config.embed_dim, config.attention_hidden, dropout, self.kind)
         self.classifier_dropout = Dropout(config.rate(config.classifier_dropout))
-        self.classifier = nn.Linear(config.embed_dim, classes)
+        self.classifier = Classifier(config.embed_dim, classes)
 
     def forward(self, batch: BagBatch, **schedule: float) -> HeadOutput:
         """Classify a batch.

@@ -76,9 +76,9 @@ class TransMILConfig(ProjectorConfig):
     """The head TransMIL."""
 
     transmil_heads: int = Field(8, ge=1, le=1024, description="transmil: attention heads a layer")
-    transmil_attention: Literal["nystrom", "exact"] = Field(
-        "nystrom",
-        description="transmil: nystrom: linear in the patches | exact: faster up to some thousands",
+    transmil_attention: Literal["auto", "nystrom", "exact"] = Field(
+        "auto",
+        description="transmil: nystrom: linear in the patches | exact | auto: exact up to 2,500 patches",
     )
     transmil_landmarks: int | None = Field(
         None, ge=1, le=65536, description="transmil: landmarks of nystrom; null: embed_dim / 2"

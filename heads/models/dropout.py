@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import nn
 
 _LEVELS = 2**16
+_FEW = 2**16  # below it torch is done before a generator of NumPy has begun
 
 
 class Dropout(nn.Module):
@@ -13,7 +17,8 @@ class Dropout(nn.Module):
 
     On a CPU torch draws one number of 64 bits for every element, which took longer here than the
     attention behind it. Sixteen bits an element are enough: p is rounded to a multiple of 2⁻¹⁶,
-    and what is kept is divided by exactly the rounded 1 − p.
+    and what is kept is divided by exactly the rounded 1 − p. NumPy draws them in half the time,
+    from a seed that torch draws.
 
     Source: Srivastava et al. 2014.
 
@@ -28,16 +33,33 @@ class Dropout(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Of the same shape and dtype."""
+        kept = self.kept(x.shape, x.dtype, x.device)
+        return x if kept is None else x * kept.mul_(self.scale)
+
+    @property
+    def scale(self) -> float:
+        """What is kept is multiplied by this; 1 where nothing is dropped."""
+        return _LEVELS / (_LEVELS - self._dropped) if self.training else 1.0
+
+    def kept(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+        """0 where an element is dropped, else 1; None where nothing is dropped."""
         if not self.training or not self._dropped:
-            return x
-        if x.device.type != "cpu":
-            return nn.functional.dropout(x, self.p)
-        count = x.numel()
-        draws = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        bits = draws.view(torch.int16)[:count].view(x.shape)
-        kept = (bits >= self._dropped - _LEVELS // 2).to(x.dtype)
-        return x * kept.mul_(_LEVELS / (_LEVELS - self._dropped))
+            return None
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device).bernoulli_(1 / self.scale)
+        count = math.prod(shape)
+        bits = _draw((count + 3) // 4).view(torch.int16)[:count].view(shape)
+        # In place, so that 0 and 1 are 16 bits wide: torch is slow at widening booleans.
+        return bits.ge_(self._dropped - _LEVELS // 2).to(dtype)
 
     def extra_repr(self) -> str:
         """For `print`."""
         return f"p={self.p}"
+
+
+def _draw(count: int) -> torch.Tensor:
+    """(count,) int64 of random bits, by torch's seed."""
+    if count < _FEW:
+        return torch.empty(count, dtype=torch.int64).random_(-(2**63), None)
+    generator = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
+    return torch.from_numpy(generator.integers(0, 2**64, size=count, dtype=np.uint64).view(np.int64))

@@ -10,7 +10,7 @@ from torch import nn
 from featstore.bags import BagBatch
 from heads.models.config import DsmilConfig
 from heads.models.dropout import Dropout
-from heads.models.head import ProjectedHead, register_head
+from heads.models.head import Classifier, ProjectedHead, register_head
 from heads.models.outputs import Attention, HeadOutput
 from heads.models.pooling import segment_argmax, segment_index, segment_softmax, weighted_sum, wide
 
@@ -45,7 +45,7 @@ class DSMIL(ProjectedHead):
         self.score = nn.Linear(width, classes)
         self.query, self.value = nn.Linear(width, config.attention_dim), nn.Linear(width, width)
         self.classifier_dropout = Dropout(config.rate(config.classifier_dropout))
-        self.classifier = nn.Linear(classes * width, classes)
+        self.classifier = Classifier(classes * width, classes)
 
     def forward(self, batch: BagBatch, **schedule: float) -> HeadOutput:
         """Classify a batch.
@@ -59,17 +59,21 @@ class DSMIL(ProjectedHead):
             the critical patches' scores (B, C).
         """
         offsets, members = batch.case_patch_offsets, self.embed(batch)
-        scores = wide(self.score(members))
+        # Scores and queries at once: one product, and one gradient of the members.
+        weight = torch.cat((self.score.weight, self.query.weight))
+        bias = torch.cat((self.score.bias, self.query.bias))
+        both = wide(nn.functional.linear(members, weight, bias))
+        scores, queries = torch.split(both, [self.score.out_features, self.query.out_features], dim=1)
         critical = segment_argmax(scores, offsets)
-        queries, values = wide(self.query(members)), self.value(members)
         case = segment_index(offsets, len(members))
         # Class by class: all classes at once would hold C times the queries and the values.
         products = [(queries * queries[chosen][case]).sum(-1) for chosen in critical.unbind(1)]
         logits = torch.stack(products, 1) / math.sqrt(queries.shape[1])
         weights = segment_softmax(logits, offsets)
-        embeddings = [weighted_sum(each, values, offsets) for each in weights.unbind(1)]
+        # Values are linear, and attention sums to 1: C sums of patches need be projected, not all patches.
+        embeddings = self.value(weighted_sum(weights, members, offsets))
         return HeadOutput(
-            logits=self.classifier(self.classifier_dropout(torch.cat(embeddings, 1))),
+            logits=self.classifier(self.classifier_dropout(embeddings.flatten(1))),
             attention={"patch": Attention(weights, logits, offsets)},
             instance_scores=scores,
             aux_logits=scores.gather(0, critical),

@@ -11,14 +11,10 @@ from torch import nn
 from featstore.bags import BagBatch
 from heads.models.config import DualStreamConfig
 from heads.models.dropout import Dropout
-from heads.models.head import Head, register_head
+from heads.models.head import Classifier, Head, register_head
 from heads.models.outputs import Attention, HeadOutput
-from heads.models.pooling import (
-    segment_index,
-    segment_softmax,
-    weighted_sum,
-    wide,
-)
+from heads.models.pooling import segment_index, segment_softmax, weighted_sum, wide
+from heads.models.projection import project
 
 
 @register_head("dual_stream", DualStreamConfig)
@@ -61,7 +57,7 @@ class DualStream(Head):
             self.value, self.gate = nn.Linear(width, inner), nn.Linear(width, inner)
             self.weight = nn.Linear(inner, 1)
         self.fusion = _FUSIONS[config.fusion_method](width)
-        self.classifier = nn.Linear(2 * width if config.fusion_method == "concat" else width, classes)
+        self.classifier = Classifier(2 * width if config.fusion_method == "concat" else width, classes)
 
     def forward(self, batch: BagBatch, temperature: float = 1.0, **schedule: float) -> HeadOutput:
         """Classify a batch.
@@ -77,10 +73,9 @@ class DualStream(Head):
         """
         offsets = batch.case_patch_offsets
         if self.hidden is None:
-            instances = self.standardize(batch.features)
+            instances = self.dropout(self.standardize(batch.features))
         else:
-            instances = torch.relu(self.standardize.project(batch.features, self.hidden))
-        instances = self.dropout(instances)
+            instances = project(batch.features, self.standardize, self.hidden, self.dropout)
         scores = wide(self.score(instances).squeeze(-1))
         selection = segment_softmax(scores / temperature, offsets)
         critical = weighted_sum(selection, instances, offsets)

@@ -20,7 +20,9 @@ from featstore.settings import nearest_name
 from heads.models.config import HeadConfig, ProjectorConfig
 from heads.models.dropout import Dropout
 from heads.models.outputs import HeadOutput
-from heads.models.pooling import Standardize
+from heads.models.pooling import wide
+from heads.models.projection import project
+from heads.models.standardize import Standardize
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,20 @@ class ProjectedHead(Head):
 
     def embed(self, batch: BagBatch) -> torch.Tensor:
         """(ΣP, E) h of every patch."""
-        projected = torch.relu(self.standardize.project(batch.features, self.projector))
-        embedded: torch.Tensor = self.projector_dropout(projected)
-        return embedded
+        return project(batch.features, self.standardize, self.projector, self.projector_dropout)
+
+
+class Classifier(nn.Linear):
+    """A linear layer that stays in float32 under autocast.
+
+    It costs nothing for a vector a case, and logits of eight bits would make equals of cases that
+    are not.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, E) → (B, C)."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(wide(x))
 
 
 H = TypeVar("H", bound=type[Head])

@@ -12,9 +12,10 @@ from torch import nn
 
 from featstore.bags import BagBatch
 from heads.models.config import LinearConfig
-from heads.models.head import Fit, Head, register_head
+from heads.models.head import Classifier, Fit, Head, register_head
 from heads.models.outputs import HeadOutput
-from heads.models.pooling import segment_sum, usable_deviation
+from heads.models.pooling import segment_sum
+from heads.models.standardize import usable_deviation
 
 # A class without training cases gets this logit, in nats below the mean class.
 _ABSENT = -10.0
@@ -51,7 +52,7 @@ class Linear(Head):
     def __init__(self, dim: int, classes: int, config: LinearConfig) -> None:
         super().__init__(dim)
         self.config = config
-        self.classifier = nn.Linear(dim, classes)
+        self.classifier = Classifier(dim, classes)
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
 

@@ -1,4 +1,4 @@
-"""Segments of any size, end to end: softmax, sum and maximum over each; and pools made of them.
+"""Segments of any size, end to end: softmax, sum and maximum over each.
 
 A segment is ``values[offsets[g] : offsets[g + 1]]``. Everything is computed in float32 (float64
 stays float64), with torch's own operations, and gives the same bits on every run on a CPU.
@@ -6,18 +6,15 @@ stays float64), with torch's own operations, and gives the same bits on every ru
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch.autograd.function import once_differentiable
 
-from heads.models.dropout import Dropout
-from heads.models.outputs import Attention
-
-PoolKind = Literal["tanh", "gated"]
-
-# Below this a feature counts as constant; below this share of the median one, as nearly constant.
-_LEAST_DEVIATION, _LEAST_SHARE = 1e-6, 0.01
+# Rows at once: few enough for a core's cache and to be of few segments, enough for fast products.
+_RUN = 1024
 
 
 def segment_index(offsets: torch.Tensor, members: int) -> torch.Tensor:
@@ -123,119 +120,101 @@ def weighted_sum(weights: torch.Tensor, values: torch.Tensor, offsets: torch.Ten
     """Σ weights · values over each segment.
 
     Args:
-        weights: (N,).
+        weights: (N,) or (N, K).
         values: (N, E).
         offsets: (G + 1,) int64.
 
     Returns:
-        (G, E).
+        (G, E) or (G, K, E).
     """
-    return segment_sum(weights[:, None] * wide(values), offsets)
+    if values.device.type != "cpu":  # where the number of segments in a block would have to be waited for
+        rows = wide(values) if weights.ndim == 1 else wide(values)[:, None]
+        return segment_sum(weights[..., None] * rows, offsets)
+    weights = weights.double() if values.dtype == torch.float64 else wide(weights)
+    total: torch.Tensor = _WeightedSum.apply(weights, values, offsets)
+    return total
 
 
-class AttentionPool(nn.Module):
-    """Attention pooling of ragged segments.
+class _WeightedSum(torch.autograd.Function):
+    """A product of matrices for every run of rows: their weights, a row a segment, times their values.
 
-    ``tanh``: Linear(E → hidden), Tanh, Dropout, Linear(hidden → 1). ``gated``: tanh(V h) × sigmoid(U h)
-    in place of the tanh.
-
-    Source: Ilse, Tomczak and Welling 2018 (arXiv 1802.04712), equations 8 and 9.
-
-    Args:
-        embed_dim: E.
-        hidden: Width of the attention's hidden layer.
-        dropout: Between the two layers.
-        kind: ``tanh`` or ``gated``.
+    Added up row by row it takes ten times as long, and needs an array of the values' size besides.
     """
 
-    def __init__(
-        self, embed_dim: int, hidden: int = 128, dropout: float = 0.0, kind: PoolKind = "tanh"
-    ) -> None:
-        super().__init__()
-        self.value = nn.Linear(embed_dim, hidden)
-        self.gate = nn.Linear(embed_dim, hidden) if kind == "gated" else None
-        self.dropout = Dropout(dropout)
-        self.weight = nn.Linear(hidden, 1)
+    @staticmethod
+    def forward(
+        ctx: Any, weights: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weights, values, offsets)
+        total = weights.new_zeros((len(offsets) - 1, *weights.shape[1:], values.shape[1]))
+        for run in segment_runs(offsets, len(values)):
+            run.add(total, weights, values)
+        return total
 
-    def forward(self, members: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, Attention]:
-        """Pool.
-
-        Args:
-            members: (N, E).
-            offsets: (G + 1,) int64.
-
-        Returns:
-            (G, E) pooled embeddings, and the attention.
-        """
-        hidden = torch.tanh(self.value(members))
-        if self.gate is not None:
-            hidden = hidden * torch.sigmoid(self.gate(members))
-        logits = wide(self.weight(self.dropout(hidden)).squeeze(-1))
-        weights = segment_softmax(logits, offsets)
-        return weighted_sum(weights, members, offsets), Attention(weights, logits, offsets)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weights, values, offsets = ctx.saved_tensors
+        to_weights, to_values = torch.empty_like(weights), torch.empty_like(values)
+        low = grad.to(values.dtype)
+        for run in segment_runs(offsets, len(values)):
+            if ctx.needs_input_grad[0]:
+                to_weights[run.rows] = run.products(grad, values)
+            if ctx.needs_input_grad[1]:
+                spread, each = run.spread(weights, low.dtype), low[run.segments].flatten(0, -2)
+                torch.mm(spread.t(), each, out=to_values[run.rows])
+        return to_weights, to_values, None
 
 
-class Standardize(nn.Module):
-    """Per-feature standardisation, with mean and deviation of the training cases as buffers.
+@dataclass(frozen=True)
+class SegmentRun:
+    """Some rows, one after the other, and the segments that they are of.
 
-    Args:
-        dim: D.
+    Attributes:
+        rows: The rows.
+        segments: Their segments.
+        own: (n,) int64, of every row its segment, counted from the first of these.
     """
 
-    mean: torch.Tensor
-    std: torch.Tensor
+    rows: slice
+    segments: slice
+    own: torch.Tensor
 
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("std", torch.ones(dim))
+    def add(self, total: torch.Tensor, weights: torch.Tensor, values: torch.Tensor) -> None:
+        """Add to (G, [K,] E) what these rows of (N[, K]) weights and (N, E) values come to."""
+        mine = total[self.segments].flatten(0, -2)
+        mine.addmm_(self.spread(weights), values[self.rows].to(weights.dtype))
 
-    def project(self, features: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
-        """``layer((features − mean) / std)``.
+    def spread(self, weights: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """(segments[ · K], n): the weights of every row in its segment's lines, else 0; of (N[, K])."""
+        mine = weights[self.rows].to(dtype or weights.dtype)
+        columns = mine[None] if mine.ndim == 1 else mine.t()[None]
+        found = mine.new_zeros((self._count, *columns.shape[1:]))
+        return found.scatter_(0, self._place(columns), columns).flatten(0, -2)
 
-        In float32 the standardisation is folded into the layer, which touches E·D numbers
-        instead of ΣP·D. In lower precision it must come first: features that differ in their
-        third digit alone would all round to the same bf16.
+    def products(self, each: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """(n[, K]): every row of (N, E) values times its segment's of (G, [K,] E), in their precision."""
+        mine = each[self.segments]
+        found = torch.mm(mine.flatten(0, -2), values[self.rows].to(each.dtype).t())
+        found = found.view(*mine.shape[:-1], -1)
+        return found.gather(0, self._place(found[:1]))[0].t()
 
-        Args:
-            features: (ΣP, D).
-            layer: D → E.
+    @property
+    def _count(self) -> int:
+        return int(self.segments.stop - self.segments.start)
 
-        Returns:
-            (ΣP, E).
-        """
-        if torch.is_autocast_enabled(features.device.type):
-            projected: torch.Tensor = layer(self(features))
-            return projected
-        weight = layer.weight * self.std.reciprocal()
-        shift = weight @ self.mean
-        bias = -shift if layer.bias is None else layer.bias - shift
-        return nn.functional.linear(features.to(weight.dtype), weight, bias)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(ΣP, D) standardised features."""
-        # One multiplication and addition a number: a division takes ten times as long on a CPU.
-        scale = self.std.reciprocal()
-        return torch.addcmul(-self.mean * scale, features.to(self.mean.dtype), scale)
+    def _place(self, like: torch.Tensor) -> torch.Tensor:
+        """Each row's segment, in the shape of (1, [K,] n)."""
+        return self.own.expand(like.shape)
 
 
-def usable_deviation(std: torch.Tensor) -> torch.Tensor:
-    """Deviations to divide by.
-
-    A feature that does not vary gets 1. One that hardly varies (a unit that fires in one patch of six
-    thousand) is divided by 1% of the median deviation at least: by its own, that one patch would lie
-    thousands of deviations away and outvote all other features.
-
-    Args:
-        std: (D,).
-
-    Returns:
-        (D,), none of them 0.
-    """
-    varies = std > _LEAST_DEVIATION
-    if varies.any():
-        std = std.clamp_min(_LEAST_SHARE * float(std[varies].median()))
-    return torch.where(varies, std, 1.0)
+def segment_runs(offsets: torch.Tensor, members: int) -> Iterator[SegmentRun]:
+    """All rows, in runs of few segments each; on a GPU this would have to wait for it."""
+    index = segment_index(offsets, members)
+    for start in range(0, members, _RUN):
+        own = index[start : start + _RUN]
+        first, last = int(own[0]), int(own[-1])
+        yield SegmentRun(slice(start, start + len(own)), slice(first, last + 1), own - first)
 
 
 def wide(values: torch.Tensor) -> torch.Tensor:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from featstore.bags import BagBatch
 from heads.models.config import ProjectorConfig
 from heads.models.dropout import Dropout
-from heads.models.head import ProjectedHead, register_head
+from heads.models.head import Classifier, ProjectedHead, register_head
 from heads.models.outputs import HeadOutput
-from heads.models.pooling import segment_max, segment_sum
+from heads.models.pooling import segment_max, weighted_sum
 
 
 @register_head("mean", ProjectorConfig)
@@ -29,7 +28,7 @@ class Mean(ProjectedHead):
     def __init__(self, dim: int, classes: int, config: ProjectorConfig) -> None:
         super().__init__(dim, config)
         self.classifier_dropout = Dropout(config.rate(config.classifier_dropout))
-        self.classifier = nn.Linear(config.embed_dim, classes)
+        self.classifier = Classifier(config.embed_dim, classes)
 
     def forward(self, batch: BagBatch, **schedule: float) -> HeadOutput:
         """Classify a batch.
@@ -46,7 +45,8 @@ class Mean(ProjectedHead):
 
     def pool(self, members: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """(B, E) embeddings of the cases, from (ΣP, E) of their patches."""
-        return segment_sum(members, offsets) / offsets.diff()[:, None]
+        total = weighted_sum(members.new_ones(len(members)), members, offsets)
+        return total / offsets.diff()[:, None]
 
 
 @register_head("max", ProjectorConfig)

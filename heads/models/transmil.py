@@ -15,13 +15,15 @@ from featstore.bags import BagBatch
 from featstore.errors import ConfigError
 from heads.models.config import TransMILConfig
 from heads.models.dropout import Dropout
-from heads.models.head import ProjectedHead, register_head
+from heads.models.head import Classifier, ProjectedHead, register_head
 from heads.models.outputs import Attention, HeadOutput
 from heads.models.pooling import wide
 
 # As Xiong et al. recommend: too few to invert what is small in the matrix, which they damp.
 _ITERATIONS = 6
 _KERNEL = 33
+# Up to so many tokens exact attention takes less time than its approximation (two cores, 512 wide).
+_EXACT = 2500
 # The least that is reported of a patch, as a share of what it had if all were equal.
 _LEAST = 1e-6
 
@@ -43,7 +45,8 @@ class TransMIL(ProjectedHead):
     logits are log(weight × patches).
 
     At the default widths a training step keeps 42 kB a patch, features included, and 52 MB: 0.9 GB at
-    20,000 patches; ``exact`` 33 kB a patch.
+    20,000 patches; ``exact`` 33 kB a patch. ``auto`` is exact up to 2,500 tokens, where it takes less time
+    (a third of it at 700), and ``nystrom`` beyond.
 
     Source: Shao et al. 2021 (TransMIL, arXiv 2106.00908), with the dropout and ReLU of the authors'
     code; `NystromAttention` says where it differs. Cases come one after another, unpadded.
@@ -70,7 +73,8 @@ class TransMIL(ProjectedHead):
                 fix=f"--set head.embed_dim={width + heads - over}, or other transmil_heads",
             )
         landmarks = config.transmil_landmarks or max(1, width // 2)
-        attention = (width, heads, None if config.transmil_attention == "exact" else landmarks)
+        exact = {"nystrom": 0, "auto": _EXACT, "exact": sys.maxsize}[config.transmil_attention]
+        attention = (width, heads, landmarks, exact)
         self.token = nn.Parameter(torch.randn(1, width))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.first = NystromAttention(*attention, config.dropout)
@@ -78,7 +82,7 @@ class TransMIL(ProjectedHead):
         self.second = NystromAttention(*attention, config.dropout)
         self.norm = nn.LayerNorm(width)
         self.classifier_dropout = Dropout(config.rate(config.classifier_dropout))
-        self.classifier = nn.Linear(width, classes)
+        self.classifier = Classifier(width, classes)
 
     def forward(self, batch: BagBatch, **schedule: float) -> HeadOutput:
         """Classify a batch.
@@ -121,8 +125,9 @@ class NystromAttention(nn.Module):
     tokens in turn, the first of the n mod l left over. With s(X, Y) = softmax(X Yᵀ / √d) by row:
     s(Q, k̃) · s(q̃, k̃)⁺ · s(q̃, K) · V, where ⁺ is the Moore-Penrose inverse by six iterations
     (`inverse_times`). With n ≤ m every token is its own landmark, and what the formula approximates,
-    s(Q, K) · V, is computed itself. A convolution of V along the tokens is added (33 wide, one
-    kernel a head); then a linear layer over all heads, and Dropout.
+    s(Q, K) · V, is computed itself; so it is up to ``exact`` tokens, which may be more. A convolution
+    of V along the tokens is added (33 wide, one kernel a head); then a linear layer over all heads,
+    and Dropout.
 
     Source: Xiong et al. 2021 (Nyströmformer, arXiv 2102.03902), where m divides n.
     The code that TransMIL's authors use (and torchmil) puts zeros before the tokens until it does;
@@ -134,13 +139,16 @@ class NystromAttention(nn.Module):
     Args:
         width: E.
         heads: H, of which E is a multiple.
-        landmarks: m; None: attention is exact for any n, at a cost that grows as n².
+        landmarks: m.
+        exact: The largest n for which attention is exact, at a cost that grows as n².
         dropout: Of what comes out.
     """
 
-    def __init__(self, width: int, heads: int, landmarks: int | None, dropout: float = 0.0) -> None:
+    def __init__(
+        self, width: int, heads: int, landmarks: int, exact: int = 0, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.heads, self.landmarks = heads, sys.maxsize if landmarks is None else landmarks
+        self.heads, self.landmarks, self.exact = heads, landmarks, max(exact, landmarks)
         self.scale = (width // heads) ** -0.5
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.convolution = nn.Conv2d(
@@ -153,7 +161,7 @@ class NystromAttention(nn.Module):
         """(n, E) → (n, E)."""
         query, key, value = self._by_head(self.qkv(tokens))
         attend = functional.scaled_dot_product_attention
-        if len(tokens) <= self.landmarks:
+        if len(tokens) <= self.exact:
             found = attend(query[None], key[None], value[None])[0]
         else:
             near_query, near_key = self._landmarks(tokens)
@@ -175,7 +183,7 @@ class NystromAttention(nn.Module):
         to_query, to_key, to_value = self.qkv.weight.chunk(3)
         (query,) = self._by_head(functional.linear(tokens[:1], to_query))
         (key,) = self._by_head(functional.linear(tokens, to_key))
-        if len(tokens) <= self.landmarks:
+        if len(tokens) <= self.exact:
             row = self._softmax(query, key)
         else:
             near_query, near_key = self._landmarks(tokens)

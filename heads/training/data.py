@@ -14,14 +14,15 @@ from featstore.errors import ConfigError
 from featstore.resident import CaseBags
 from featstore.sampling import cap_slices, limit_slices, sample_bag, sub_cases
 from heads.config import TrainConfig
-from heads.models.pooling import Standardize, usable_deviation
+from heads.models.standardize import Standardize, usable_deviation
 
 
 class TrainingBags:
     """The training cases' bags, sampled anew in every epoch.
 
-    Slices above ``max_slices_per_stain`` and sub-cases are chosen once; order, caps and bag samples
-    depend on the seed and the epoch alone, so that a resumed training sees what it would have seen.
+    Slices above ``max_slices_per_stain`` and sub-cases are chosen once; which bags, their order, stains,
+    caps and samples depend on the seed and the epoch alone, so that a resumed training sees what it would
+    have seen.
 
     Args:
         bags: The cohort.
@@ -52,7 +53,7 @@ class TrainingBags:
             split = [sub_cases(bag, sub.n, sub.by) if bag.label in wanted else [bag] for bag in outlines]
             outlines = [part for parts in split for part in parts]
         self.outlines = outlines
-        self._views = bags.store.spec.views if config.views else 1
+        self._views = bags.views if config.views else 1
         self._entropy: NDArray[np.float64] | None = None
         if config.sampling == "entropy":
             self._entropy = bags.store.table()["entropy"].to_numpy(np.float64)
@@ -61,19 +62,65 @@ class TrainingBags:
         """The bags of an epoch (from 0), in the order in which they are learned from."""
         config = self._config
         rng = np.random.default_rng([config.seed, epoch])
-        found = [self._sample(self.outlines[i], rng) for i in rng.permutation(len(self.outlines))]
+        chosen = np.arange(len(self.outlines))
+        if config.case_sampling == "balanced":
+            chosen = balanced([bag.label or 0 for bag in self.outlines], rng)
+        found = [self._sample(self.outlines[i], rng) for i in chosen[rng.permutation(len(chosen))]]
         if self._views == 1:
             return found
         return [replace(bag, view=rng.integers(self._views, size=len(bag))) for bag in found]
 
     def _sample(self, bag: Bag, rng: np.random.Generator) -> Bag:
         config = self._config
+        if config.stain_dropout:
+            bag = drop_stains(bag, config.stain_dropout, rng)
         if config.per_slice_cap is not None:
             bag = cap_slices(bag, config.per_slice_cap, rng)
         if config.sampling == "all" or config.sampling == "auto":
             return bag
         entropy = None if self._entropy is None else self._entropy[bag.rows]
         return sample_bag(bag, config.bag_size, config.sampling, rng, entropy)
+
+
+def drop_stains(bag: Bag, probability: float, rng: np.random.Generator) -> Bag:
+    """The bag without some of its stains: each is left out independently, but never all of them.
+
+    Args:
+        bag: A case, or part of one.
+        probability: Of each stain, 0 to 1; if all would go, one stays, each as likely as the others.
+        rng: A fresh draw a call.
+    """
+    kept = rng.random(len(bag.stains)) >= probability
+    if not kept.any():
+        kept[rng.integers(len(kept))] = True
+    return bag if kept.all() else bag.take(np.repeat(np.repeat(kept, bag.stain_sizes), bag.slice_sizes))
+
+
+def balanced(labels: Sequence[int], rng: np.random.Generator) -> NDArray[np.int64]:
+    """As many members as there are, with the classes as equally often as whole numbers allow.
+
+    Of N members of K classes each class gives N // K, and N mod K classes, drawn anew, one more. Within a
+    class, all members come equally often, and those that are drawn anew once more than the others.
+
+    Args:
+        labels: (N,) class of every member; classes that do not occur have no share.
+        rng: A fresh draw a call.
+
+    Returns:
+        (N,) indices of members, sorted; a rare class's come several times, a frequent one's not all.
+    """
+    label = np.asarray(labels)
+    members = [np.flatnonzero(label == c) for c in np.unique(label)]
+    shares = _evenly(len(label), len(members), rng)
+    times = np.zeros(len(label), np.int64)
+    for mine, share in zip(members, shares.tolist(), strict=True):
+        times[mine] = _evenly(share, len(mine), rng)
+    return np.repeat(np.arange(len(label)), times)
+
+
+def _evenly(total: int, parts: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """(parts,) whole numbers that sum to ``total`` and differ by one at most; which are larger is drawn."""
+    return total // parts + (rng.permutation(parts) < total % parts)
 
 
 def chunks(bags: Sequence[Bag], size: int) -> Iterator[Sequence[Bag]]:

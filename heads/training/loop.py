@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from featstore.bags import Bag
@@ -23,6 +22,14 @@ from heads.models.head import Fit, Head
 from heads.training.data import TrainingBags, chunks, fit_standardize, micro_batches
 from heads.training.diagnostics import EpochLog, mean_norm
 from heads.training.objective import Objective, make_class_weights
+from heads.training.optimizer import (
+    autocast,
+    check_solvable,
+    clip_gradient,
+    make_optimizer,
+    make_scaler,
+    make_scheduler,
+)
 
 
 class TrainingError(FeatstoreError):
@@ -90,18 +97,14 @@ class Training:
         self.objective = Objective(config, head, self.class_weights)
         if config.standardize == "train":
             fit_standardize(self.head.standardize, bags, split.train)
-        self.optimizer = _optimizer(self.head, config)
-        self.scheduler = None if self.head.solved else _scheduler(self.optimizer, config)
+        check_solvable(self.head, config)
+        self.optimizer = make_optimizer(self.head, config)
+        self.scheduler = None if self.head.solved else make_scheduler(self.optimizer, config)
         self.ema: AveragedModel | None = None
-        _check_solvable(self.head, config)
         if config.ema_decay:
             average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
             self.ema = AveragedModel(self.head, multi_avg_fn=average, use_buffers=True)
-        self.scaler = torch.amp.GradScaler(bags.device.type, enabled=config.amp == "fp16")
-        if config.amp == "fp16" and bags.device.type == "cpu":
-            raise ConfigError(
-                "fp16 without a GPU", expected="bf16 or off", where="train.amp", fix="--amp bf16"
-            )
+        self.scaler = make_scaler(bags.device, config)
         self.progress = Progress()
         self.best: dict[str, torch.Tensor] = {}
         self.good: dict[str, Any] = {}
@@ -182,19 +185,12 @@ class Training:
                 torch.autograd.backward(self.scaler.scale(terms.total(len(step))))
                 log.add(output, batch, terms)
             self.scaler.unscale_(self.optimizer)
-            norms.append(self._clip())
+            norms.append(clip_gradient(self.head.parameters(), config))
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.ema is not None:
                 self.ema.update_parameters(self.head)
         return log, norms
-
-    def _clip(self) -> torch.Tensor:
-        """The gradient's norm, before it is clipped."""
-        parameters = [p for p in self.head.parameters() if p.grad is not None]
-        if self.config.grad_clip == "auto" or not self.config.grad_clip:
-            return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        return nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
 
     def _solve(self, epoch: Sequence[Bag], schedule: Mapping[str, float]) -> EpochLog:
         """An epoch of a head that finds its weights by itself: what it then says of the training cases."""
@@ -279,42 +275,3 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
         else:
             torch.default_generator.manual_seed(seed)
         yield
-
-
-def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """The context of a forward pass; ``off``: float32."""
-    kinds = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return torch.autocast(device.type, kinds[amp], enabled=amp != "off")
-
-
-def _check_solvable(head: Head, config: TrainConfig) -> None:
-    """Raises ConfigError if the head takes no optimiser steps, and what is asked for needs them."""
-    wrong = "ema_decay" if config.ema_decay else "loss" if config.loss != "cross_entropy" else None
-    if head.solved and wrong is not None:
-        raise ConfigError(
-            f"train.{wrong} is set, but this head is fitted by a solver, not step by step",
-            expected="ema_decay 0 and the loss cross_entropy, or another head",
-            where=f"train.{wrong}",
-            fix=f"--set train.{wrong}={TrainConfig.model_fields[wrong].default}",
-        )
-
-
-def _optimizer(head: Head, config: TrainConfig) -> torch.optim.Optimizer:
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(head.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-
-
-def _scheduler(
-    optimizer: torch.optim.Optimizer, config: TrainConfig
-) -> torch.optim.lr_scheduler.LRScheduler | torch.optim.lr_scheduler.ReduceLROnPlateau | None:
-    kinds = torch.optim.lr_scheduler
-    if config.scheduler == "plateau":
-        return kinds.ReduceLROnPlateau(
-            optimizer,
-            factor=config.scheduler_factor,
-            patience=config.scheduler_patience,
-            min_lr=config.min_lr,
-        )
-    if config.scheduler == "cosine":
-        return kinds.CosineAnnealingLR(optimizer, config.epochs, eta_min=min(config.min_lr, config.lr))
-    return None

@@ -10,12 +10,12 @@ from torch import nn
 from featstore.errors import ConfigError
 
 
-def class_weights(labels: Sequence[int], classes: int) -> torch.Tensor:
+def class_weights(labels: Sequence[int], class_names: Sequence[str]) -> torch.Tensor:
     """``balanced`` weights: N / (C · n_c), of the training cases.
 
     Args:
         labels: (N,) class indices of the training cases.
-        classes: C.
+        class_names: C names, in config order.
 
     Returns:
         (C,) float32; their mean over the cases is 1.
@@ -23,16 +23,16 @@ def class_weights(labels: Sequence[int], classes: int) -> torch.Tensor:
     Raises:
         ConfigError: A class has no training case.
     """
-    count = torch.bincount(torch.as_tensor(labels, dtype=torch.int64), minlength=classes)
+    count = torch.bincount(torch.as_tensor(labels, dtype=torch.int64), minlength=len(class_names))
     if (count == 0).any():
-        missing = [str(c) for c in torch.nonzero(count == 0).flatten().tolist()]
+        missing = [class_names[c] for c in torch.nonzero(count == 0).flatten().tolist()]
         raise ConfigError(
             f"no training case is of class {', '.join(missing)}",
             expected="training cases of every class, to balance them",
             where="class weights, the split",
             fix="use another split, or no class weights",
         )
-    return len(labels) / (classes * count.float())
+    return len(labels) / (len(class_names) * count.float())
 
 
 CaseLoss = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]

@@ -161,13 +161,21 @@ def make_class_weights(
         class_names: In config order.
 
     Raises:
-        ConfigError: Not one weight a class, or a class to be balanced has no training case.
+        ConfigError: Not one weight a class, or fewer than two of them count; or a class to be balanced
+            has no training case, or is balanced by ``case_sampling`` already.
     """
     if not train.use_class_weights:
         return None
     given = train.class_weights
     if isinstance(given, str):
-        return class_weights(labels, len(class_names))
+        if train.case_sampling == "balanced":
+            raise ConfigError(
+                "the classes are balanced twice: by train.case_sampling and by train.class_weights",
+                expected="one of them, or weights of your own beside balanced sampling",
+                where="train.class_weights, train.case_sampling",
+                fix="leave out --use-class-weights, or --case-sampling all",
+            )
+        return class_weights(labels, class_names)
     if isinstance(given, Mapping):
         known = set(given) == set(class_names)
         given = [given[name] for name in class_names] if known else []
@@ -177,6 +185,15 @@ def make_class_weights(
             expected=f"balanced, or a weight for each of {', '.join(class_names)}",
             where="train.class_weights",
             fix="give one weight a class, in the order of `classes`, or by name",
+        )
+    counted = {class_names[label] for label in labels if given[label] > 0}
+    if len(counted) < 2:
+        only = f"{counted.pop()} alone" if counted else "no class"
+        raise ConfigError(
+            f"by train.class_weights {only} counts in training",
+            expected="a weight above 0 for two classes or more that have training cases",
+            where="train.class_weights",
+            fix="--class-weights balanced, or leave out --use-class-weights",
         )
     return torch.tensor(given)
 

@@ -51,7 +51,7 @@ from featstore.project import extract_project
 from featstore.resident import CaseBags
 from featstore.store import Store
 from heads.cohort import load_bags
-from heads.models.pooling import Standardize
+from heads.models.standardize import Standardize
 from heads.training.data import fit_standardize
 
 HEAD, PEER = "hierarchical", "mean_pool_logistic"

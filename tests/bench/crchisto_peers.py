@@ -1,40 +1,39 @@
-"""What others reach on 48 colon cases: logistic regression of the mean patch, torchmil's ABMIL and DSMIL.
+"""What others reach on 48 colon cases: logistic regression of the mean patch, and three of torchmil.
 
-    OMP_NUM_THREADS=1 python tests/bench/crchisto_peers.py WORK_FOLDER CRCHISTO_FOLDER [--seed 42]
+`bench_crchisto` runs them, on its folds and with its seeds, and compares. The protocol was written down
+before the first result, and nothing was changed for one:
 
-The protocol was written down before the first result, and nothing was changed for one:
-
-- Features: DenseNet121 with random weights (`random:0`), whole patch resized to 64 px, otherwise the
+- Features: a backbone with random weights (`random:0`), whole patch resized to 64 px, otherwise the
   defaults of `featstore extract`. In every method they are standardised per feature, with mean and
-  deviation over all patches of the cases that the method is fitted on.
+  deviation over all patches of the cases that the method is fitted on, and no deviation less than 1% of
+  the median one: what the heads get.
 - Splits: `make_splits(labels, {}, 5, seed=42)`, whatever the seed of training. Test = fold k,
   validation = fold k + 1 mod 5, training = the other three.
 - Logistic regression has nothing to choose, so validation cases go unused, and it sees the same
   training cases as the rest. C = 1. Two variants: fitted on training and validation cases; and with
   the means over patches standardised once more over the training cases, which weakens its penalty.
-- ABMIL and DSMIL, with torchmil's default settings: one bag a step in a new random order every epoch,
-  Adam (lr 3e-4, weight decay 2e-4), at most 30 epochs. The weights of the epoch with the least
-  cross-entropy over the validation cases are kept, and 5 epochs without a lower one end the training.
+- ABMIL (not gated), DSMIL and CLAM_SB (k = 6: the smallest case has six patches), with torchmil's
+  default settings otherwise: one bag a step in a new random order every epoch, Adam, three ways:
+  `fixed`: 30 epochs, learning rate 1e-4, the last epoch's weights, validation cases unused.
+  `fixed_more`: the same, fitted on training and validation cases, as one may who chooses nothing.
+  `chosen`: learning rate 3e-4, weight decay 2e-4, at most 30 epochs, the weights of the epoch with the
+  least cross-entropy over the validation cases, 5 epochs without a lower one end the training.
   Validation is in evaluation mode; torchmil's own trainer, which validates in training mode, is not used.
-- The loss is the cross-entropy of the bag; for DSMIL its mean with that of the highest patch (Li et
-  al. 2021). DSMIL's prediction is the bag stream's, as in its authors' code by default; the variant
-  takes the mean of both streams' logits, as the paper's equation and torchmil's `predict` do. Each
-  chooses its epoch by its own prediction.
-- A variant of ABMIL and DSMIL, declared after the first results (a few standardised features are tens of
-  deviations away, and DSMIL suffers from them): `clip`, here ±5, cuts the standardised values off.
-- The test predictions of the five folds are pooled to one AUC over 48 cases, with the bootstrap
-  interval of `heads.evaluation`; beside it stands the mean of the folds' own AUCs.
+  CLAM_SB's instance loss is mended (`SmoothSVM`): torchmil's own stopped the first training of all.
+- The loss is the mean of what the model's `compute_loss` returns. The prediction is the bag's logit; for
+  DSMIL the bag stream's, as in its authors' code by default.
+- Patches: `return_att` of the model in evaluation; how well it ranks the patches of a positive test case
+  is the AUC within the case against the truth of every patch, and the mean over cases that have both kinds.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
+import csv
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,16 +42,14 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from featstore.cohort import read_labels
-from featstore.cohort.splits import Split, make_splits
+from featstore.cohort.splits import Split
 from featstore.config import FeatstoreConfig
 from featstore.project import extract_project, init_project
 from featstore.settings import PROJECT_FILE
 from featstore.store import Store
-from heads.evaluation.metrics import evaluate
+from heads.evaluation.metrics import evaluate, rank_auc
+from heads.models.standardize import usable_deviation
 
 if TYPE_CHECKING:
     from torchmil.models import MILModel
@@ -60,16 +57,31 @@ if TYPE_CHECKING:
 Floats = NDArray[np.floating[Any]]
 Bags = Sequence[Floats]  # one (patches, features) array a case
 Classes = Sequence[int]
-Predict = Callable[[torch.Tensor], torch.Tensor]  # (1, patches, features) to logits (1,)
+Record = dict[str, Any]  # what is kept of one method on one fold
 
 CLASSES = {"negative": ["0"], "positive": ["1"]}
-FOLDS, SPLIT_SEED, SPREAD_SEEDS = 5, 42, (0, 1, 2)
-DETERMINISTIC = ("mean_pool_logistic", "mean_pool_logistic_train_val", "mean_pool_logistic_rescaled")
-SEEDED = ("torchmil_abmil", "torchmil_dsmil", "torchmil_dsmil_averaged")
-EPOCHS, PATIENCE, LR, WEIGHT_DECAY = 30, 5, 3e-4, 2e-4
+FOLDS, SPLIT_SEED = 5, 42
+LOGISTIC = ("mean_pool_logistic", "mean_pool_logistic_train_val", "mean_pool_logistic_rescaled")
+MODELS = ("torchmil_abmil", "torchmil_dsmil", "torchmil_clam_sb")
 
 
-def prepare(work: Path, data: Path) -> tuple[Store, dict[str, int]]:
+@dataclass(frozen=True)
+class Protocol:
+    """How a model of torchmil is trained; without a patience, all epochs, and the last is kept."""
+
+    lr: float
+    weight_decay: float
+    epochs: int
+    patience: int | None
+
+
+FIXED = Protocol(lr=1e-4, weight_decay=0.0, epochs=30, patience=None)
+CHOSEN = Protocol(lr=3e-4, weight_decay=2e-4, epochs=30, patience=5)
+WAYS = {"fixed": FIXED, "fixed_more": FIXED, "chosen": CHOSEN}
+PEERS = (*LOGISTIC, *(f"{name}_{way}" for name in MODELS for way in WAYS))
+
+
+def prepare(work: Path, data: Path, backbone: str = "densenet121") -> tuple[Store, dict[str, int]]:
     """Make the project in `work`, extract what is not there yet; the store and every case's class."""
     data = data.resolve()
     config = FeatstoreConfig.model_validate(
@@ -77,9 +89,10 @@ def prepare(work: Path, data: Path) -> tuple[Store, dict[str, int]]:
             "patches": {"folder": str(data / "patches")},
             "labels": {"file": f"{data}/labels.csv", "case_column": "case_id", "class_column": "label"},
             "classes": CLASSES,
-            "backbone": {"name": "densenet121", "weights": "random:0", "resize": 64},
+            "backbone": {"name": backbone, "weights": "random:0", "resize": 64},
         }
     )
+    work.mkdir(parents=True, exist_ok=True)
     if not (work / PROJECT_FILE).exists():
         init_project(config, work, data / "patches")
     extract_project(config, work)
@@ -88,194 +101,174 @@ def prepare(work: Path, data: Path) -> tuple[Store, dict[str, int]]:
     return store, {case: labels[case] for case in store.cases()}
 
 
-def standardised(fitted_on: Bags, *parts: Bags, clip: float | None = None) -> list[list[Floats]]:
-    """Each part, by the patches' mean and deviation in `fitted_on`; features constant there become 0.
+def read_truth(store: Store, data: Path) -> dict[str, NDArray[np.int64]]:
+    """Of every case, which of its patches are positive, in the order of its bag."""
+    with (data / "instance_labels.csv").open(newline="", encoding="utf-8") as file:
+        positive = {row["file"]: int(row["instance_label"]) for row in csv.DictReader(file)}
+    truth = {}
+    for case in store.cases():
+        paths = store.table(case)["path"]
+        truth[case] = np.array([positive[Path(path).name] for path in paths], np.int64)
+    return truth
 
-    With `clip` no standardised value is further from 0 than that.
-    """
+
+def patch_auc(truth: NDArray[np.int64], score: Floats) -> float | None:
+    """How well a score ranks a case's patches; None where all are of one kind."""
+    found = rank_auc(truth, np.stack((-score, score), axis=1))
+    return None if np.isnan(found) else found
+
+
+def standardised(fitted_on: Bags, *parts: Bags) -> list[list[Floats]]:
+    """Each part, by the patches' mean and deviation in `fitted_on`, as the heads standardise."""
     patches = np.concatenate(fitted_on).astype(np.float64)
-    mean, deviation = patches.mean(axis=0), patches.std(axis=0)
-    deviation[deviation == 0] = np.inf
-    limit = np.inf if clip is None else clip
-
-    def scaled(bag: Floats) -> Floats:
-        cut: Floats = ((bag - mean) / deviation).clip(-limit, limit).astype(np.float32)
-        return cut
-
-    return [[scaled(bag) for bag in part] for part in parts]
+    mean = patches.mean(axis=0)
+    deviation = usable_deviation(torch.from_numpy(patches.std(axis=0))).numpy()
+    return [[((bag - mean) / deviation).astype(np.float32) for bag in part] for part in parts]
 
 
-def mean_pool_logistic(
-    bags_train: Bags, y_train: Classes, bags_test: Bags, rescale: bool = False
-) -> list[float]:
+def mean_pool_logistic(train: Bags, y: Classes, test: Bags, rescale: bool = False) -> list[float]:
     """Logistic regression of the mean over patches: the test cases' probabilities of being positive.
 
-    Bags are raw features; `rescale` standardises their means once more, over the cases to fit on.
+    Bags are standardised; `rescale` standardises their means once more, over the cases to fit on.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    train, test = (
-        np.stack([bag.mean(axis=0) for bag in part])
-        for part in standardised(bags_train, bags_train, bags_test)
-    )
+    means, asked = (np.stack([bag.mean(axis=0) for bag in part]) for part in (train, test))
     if rescale:
-        scaler = StandardScaler().fit(train)
-        train, test = scaler.transform(train), scaler.transform(test)
-    model = LogisticRegression(C=1.0, max_iter=5000).fit(train, y_train)
-    return list(map(float, model.predict_proba(test)[:, 1]))
+        scaler = StandardScaler().fit(means)
+        means, asked = scaler.transform(means), scaler.transform(asked)
+    model = LogisticRegression(C=1.0, max_iter=5000).fit(means, y)
+    return list(map(float, model.predict_proba(asked)[:, 1]))
 
 
-def torchmil_abmil(
-    bags_train: Bags,
-    y_train: Classes,
-    bags_val: Bags,
-    y_val: Classes,
-    bags_test: Bags,
-    seed: int = 42,
-    clip: float | None = None,
-) -> tuple[list[float], int]:
-    """torchmil's ABMIL (Ilse et al. 2018), not gated: the test cases' probabilities, and the epoch kept."""
-    from torchmil.models import ABMIL
+def build_peer(name: str, dim: int, seed: int, **settings: Any) -> MILModel:
+    """One of `MODELS`, with weights from a seed."""
+    from torchmil.models import ABMIL, CLAM_SB, DSMIL
 
-    train, val, test = standardised(bags_train, bags_train, bags_val, bags_test, clip=clip)
+    kinds = {
+        "torchmil_abmil": lambda: ABMIL(in_shape=(dim,), **settings),
+        "torchmil_dsmil": lambda: DSMIL(in_shape=(dim,), **settings),
+        "torchmil_clam_sb": lambda: CLAM_SB(in_shape=(dim,), **{"k_sample": 6, **settings}),
+    }
     torch.manual_seed(seed)
-    model = ABMIL(in_shape=(train[0].shape[1],))
-    epoch = _fit(model, model, train, y_train, val, y_val)
-    return torch.sigmoid(_logits(model, model, test)).tolist(), epoch
+    model = kinds[name]()
+    if name == "torchmil_clam_sb":
+        model.inst_loss_fn = SmoothSVM()
+    return model
 
 
-def torchmil_dsmil(
-    bags_train: Bags,
-    y_train: Classes,
-    bags_val: Bags,
-    y_val: Classes,
-    bags_test: Bags,
-    seed: int = 42,
-    average: bool = False,
-    clip: float | None = None,
-) -> tuple[list[float], int]:
-    """torchmil's DSMIL (Li et al. 2021), arguments and result as `torchmil_abmil`.
+class SmoothSVM(torch.nn.Module):
+    """The mean over (N, C) scores of log Σ_c exp(s_c + [c ≠ y] − s_y), a smooth top-1 SVM loss.
 
-    With `average` it predicts from the mean of both streams' logits, else from the bag stream alone.
+    torchmil's own adds numbers of different patches up, and fails as soon as three patches of a case
+    are told apart by more than 6.9.
+
+    Source: Berrada, Zisserman and Kumar 2018 (arXiv 1802.07595), with α = τ = 1, as CLAM uses it.
     """
-    from torchmil.models import DSMIL
 
-    train, val, test = standardised(bags_train, bags_train, bags_val, bags_test, clip=clip)
-    torch.manual_seed(seed)
-    model = DSMIL(in_shape=(train[0].shape[1],))
-    predict = model.predict if average else model
-    epoch = _fit(model, predict, train, y_train, val, y_val)
-    return torch.sigmoid(_logits(model, predict, test)).tolist(), epoch
+    def forward(self, scores: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        own = y.long().reshape(-1, 1)
+        margin = torch.ones_like(scores).scatter(1, own, 0.0)
+        return torch.logsumexp(scores + margin - scores.gather(1, own), dim=1).mean()
 
 
-def _fit(model: MILModel, predict: Predict, train: Bags, y: Classes, val: Bags, y_val: Classes) -> int:
-    """Train, leave the model at its best epoch (from 1) by validation cross-entropy, and return that."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+def fit(
+    model: MILModel, train: Bags, y: Classes, val: Bags, y_val: Classes, protocol: Protocol
+) -> tuple[int, float | None]:
+    """Train, and leave the model at the epoch that is kept: its number, from 1, and its validation loss."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=protocol.lr, weight_decay=protocol.weight_decay)
     best, best_epoch, weights = float("inf"), 0, copy.deepcopy(model.state_dict())
-    for epoch in range(1, EPOCHS + 1):
+    for epoch in range(1, protocol.epochs + 1):
         model.train()
         for i in torch.randperm(len(train)).tolist():
             _, losses = model.compute_loss(torch.tensor([y[i]]), torch.from_numpy(train[i])[None])
             optimizer.zero_grad()
             torch.stack(list(losses.values())).mean().backward()
             optimizer.step()
-        logits = _logits(model, predict, val)
+        if protocol.patience is None:
+            continue
+        logits, _ = ask(model, val)
         loss = float(binary_cross_entropy_with_logits(logits, torch.tensor(y_val, dtype=torch.float32)))
         if loss < best:
             best, best_epoch, weights = loss, epoch, copy.deepcopy(model.state_dict())
-        elif epoch - best_epoch >= PATIENCE:
+        elif epoch - best_epoch >= protocol.patience:
             break
+    if protocol.patience is None:
+        return protocol.epochs, None
     model.load_state_dict(weights)
-    return best_epoch
+    return best_epoch, best
 
 
 @torch.inference_mode()
-def _logits(model: MILModel, predict: Predict, bags: Bags) -> torch.Tensor:
+def ask(model: MILModel, bags: Bags) -> tuple[torch.Tensor, list[Floats]]:
+    """Logits (N,) of N bags, and what the model attends to in each: (patches,)."""
     model.eval()
-    return torch.cat([predict(torch.from_numpy(bag)[None]) for bag in bags])
+    found = [model(torch.from_numpy(bag)[None], return_att=True) for bag in bags]
+    return torch.cat([logit for logit, _ in found]), [att.flatten().numpy() for _, att in found]
 
 
-def _run_fold(
+def peer_fold(
     name: str,
     split: Split,
-    bags: dict[str, Floats],
-    labels: dict[str, int],
+    bags: Mapping[str, Floats],
+    labels: Mapping[str, int],
     seed: int,
-    clip: float | None,
-) -> tuple[list[float], int]:
-    """One method on one fold: the test cases' probabilities, and the epoch kept, 0 where there is none."""
-    train, val, test = ([bags[case] for case in part] for part in (split.train, split.val, split.test))
-    y_train, y_val = ([labels[case] for case in part] for part in (split.train, split.val))
-    if name == "mean_pool_logistic_train_val":
-        return mean_pool_logistic([*train, *val], [*y_train, *y_val], test), 0
-    if name in DETERMINISTIC:
-        return mean_pool_logistic(train, y_train, test, rescale=name.endswith("rescaled")), 0
-    if name == "torchmil_abmil":
-        return torchmil_abmil(train, y_train, val, y_val, test, seed, clip)
-    return torchmil_dsmil(train, y_train, val, y_val, test, seed, name.endswith("averaged"), clip)
+    truth: Mapping[str, NDArray[np.int64]],
+) -> Record:
+    """One method on one fold, as `bench_crchisto.head_fold`; `name` is one of `PEERS`."""
+    started = time.perf_counter()
+    fitted_on = (*split.train, *split.val) if name.endswith(("_train_val", "_fixed_more")) else split.train
+    train, val, test = standardised(
+        [bags[case] for case in fitted_on],
+        *([bags[case] for case in part] for part in (fitted_on, split.val, split.test)),
+    )
+    y, y_val = ([labels[case] for case in part] for part in (fitted_on, split.val))
+    record: Record = {"epoch": 0, "val_loss": None, "patches": {}}
+    if name in LOGISTIC:
+        predicted = mean_pool_logistic(train, y, test, rescale=name.endswith("rescaled"))
+    else:
+        kind = next(each for each in MODELS if name.startswith(each))
+        model = build_peer(kind, train[0].shape[1], seed)
+        way = name.removeprefix(f"{kind}_")
+        record["epoch"], record["val_loss"] = fit(model, train, y, val, y_val, WAYS[way])
+        logits, attention = ask(model, test)
+        predicted = torch.sigmoid(logits.double()).tolist()
+        record["patches"]["attention"] = {
+            case: patch_auc(truth[case], score)
+            for case, score in zip(split.test, attention, strict=True)
+            if labels[case] == 1 and case in truth
+        }
+    record["probabilities"] = dict(zip(split.test, predicted, strict=True))
+    return record | {"seconds": time.perf_counter() - started}
 
 
 def run_method(
-    name: str,
-    splits: Sequence[Split],
-    bags: dict[str, Floats],
-    labels: dict[str, int],
-    seed: int,
-    clip: float | None = None,
-) -> dict[str, Any]:
-    """One method with one seed on all folds: pooled AUC with interval, mean of the folds', seconds.
-
-    `clip`: for ABMIL and DSMIL, as in `standardised`.
-    """
-    started = time.perf_counter()
-    probability: dict[str, float] = {}
-    folds, epochs = [], []
-    for split in splits:
-        predicted, epoch = _run_fold(name, split, bags, labels, seed, clip)
-        probability |= dict(zip(split.test, predicted, strict=True))
-        folds.append(auc_of([labels[case] for case in split.test], predicted, resamples=0)["auc"])
-        epochs += [epoch] if epoch else []
-    seconds = time.perf_counter() - started
-    pooled = auc_of(list(labels.values()), [probability[case] for case in labels])
-    rest = {"fold_mean": statistics.mean(folds), "folds": folds, "epochs": epochs, "seconds": seconds}
-    return pooled | rest | {"probabilities": {case: probability[case] for case in labels}}
+    name: str, splits: Sequence[Split], bags: dict[str, Floats], labels: dict[str, int], seed: int
+) -> Record:
+    """One method with one seed on all folds: pooled AUC with interval, mean of the folds', seconds."""
+    return over_folds([peer_fold(name, split, bags, labels, seed, {}) for split in splits], labels)
 
 
-def auc_of(true: Classes, predicted: Sequence[float], resamples: int = 2000) -> dict[str, Any]:
+def over_folds(records: Sequence[Record], labels: Mapping[str, int]) -> Record:
+    """The folds of one seed together: pooled AUC with interval, mean of the folds', epochs, seconds."""
+    folds = [
+        auc_of([labels[case] for case in each["probabilities"]], list(each["probabilities"].values()), 0)
+        for each in records
+    ]
+    probability = {case: p for each in records for case, p in each["probabilities"].items()}
+    pooled = auc_of([labels[case] for case in probability], list(probability.values()))
+    return pooled | {
+        "fold_mean": statistics.mean(fold["auc"] for fold in folds),
+        "folds": [fold["auc"] for fold in folds],
+        "epochs": [each["epoch"] for each in records if each["epoch"]],
+        "seconds": sum(each["seconds"] for each in records),
+        "probabilities": {case: probability[case] for case in labels},
+    }
+
+
+def auc_of(true: Classes, predicted: Sequence[float], resamples: int = 2000) -> Record:
     """The AUC of the probabilities of being positive, with its interval."""
     probabilities = np.array([(1 - p, p) for p in predicted])
     auc = evaluate(np.array(true), probabilities, list(CLASSES), resamples=resamples).auc
     return {"auc": auc.value, "low": auc.low, "high": auc.high}
-
-
-def run_baselines(work: Path, data: Path, seed: int = 42) -> dict[str, dict[str, Any]]:
-    """Every method's result with `seed`; under "seeds" those with the seeds 0 to 2, where one matters."""
-    store, labels = prepare(work, data)
-    bags = {case: store.bag(case).features for case in labels}
-    splits = make_splits(labels, {}, FOLDS, SPLIT_SEED)
-    results = {name: run_method(name, splits, bags, labels, seed) for name in DETERMINISTIC + SEEDED}
-    for name in SEEDED:
-        results[name]["seeds"] = {s: run_method(name, splits, bags, labels, s) for s in SPREAD_SEEDS}
-    return results
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("work", type=Path, help="becomes a project: kept, and used again")
-    parser.add_argument("data", type=Path, help="the folder crchisto, with patches/ and labels.csv")
-    parser.add_argument("--seed", type=int, default=42)
-    options = parser.parse_args()
-    results = run_baselines(options.work, options.data, options.seed)
-    print(f"{'method':<30}{'seed':>5}{'AUC':>8}  {'95% interval':<16}{'of folds':>8}{'s':>8}  epochs kept")
-    for name, result in results.items():
-        for seed, row in {options.seed: result, **result.get("seeds", {})}.items():
-            print(
-                f"{name:<30}{seed if name in SEEDED else '':>5}{row['auc']:>8.4f}  {row['low']:.4f}–"
-                f"{row['high']:.4f}   {row['fold_mean']:>8.4f}{row['seconds']:>8.1f}  {row['epochs'] or ''}"
-            )
-    print(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()

@@ -75,9 +75,10 @@ def make_bags(path: Path, memory: int = 10**9, **store: object) -> CaseBags:
 
 
 def make_config(name: str = "hierarchical", head: dict | None = None, **train: object) -> Config:
-    """Small widths and no dropout, unless told otherwise."""
+    """Small widths, no dropout, float32, unless told otherwise."""
     settings = HeadConfig(**{"name": name, "dropout": 0.0, **SMALL, **(head or {})})
-    return resolved(Config(head=settings, train=TrainConfig(device="cpu", **train)))  # type: ignore[arg-type]
+    course = {"device": "cpu", "amp": "off", **train}
+    return resolved(Config(head=settings, train=TrainConfig(**course)))  # type: ignore[arg-type]
 
 
 def make_training(

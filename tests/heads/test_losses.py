@@ -22,6 +22,6 @@ def test_the_loss_equals_its_formula(smoothing: float) -> None:
 
 
 def test_balanced_weights() -> None:
-    assert class_weights([0, 0, 0, 1], 2).tolist() == pytest.approx([4 / 6, 2.0])
-    with pytest.raises(ConfigError, match="class 2"):
-        class_weights([0, 1, 1], 3)
+    assert class_weights([0, 0, 0, 1], "ab").tolist() == pytest.approx([4 / 6, 2.0])
+    with pytest.raises(ConfigError, match="of class malignant"):
+        class_weights([0, 1, 1], ["benign", "unsure", "malignant"])

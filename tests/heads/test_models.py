@@ -13,6 +13,7 @@ from torch import nn
 from featstore.bags import collate
 from featstore.errors import ConfigError
 from heads.config import DualStreamConfig, HierarchicalConfig
+from heads.models.attention_pool import AttentionPool
 from heads.models.dual_stream import DualStream, temperature_at
 from heads.models.head import Head, build_head
 from heads.models.hierarchical import Hierarchical
@@ -23,7 +24,6 @@ from heads.models.penalties import (
     entropy_penalty,
     segments_of_cases,
 )
-from heads.models.pooling import AttentionPool
 from heads.models.transformer import MultiHeadPool, TransformerPool
 from tests.heads.bags import make_bag, nested
 from tests.heads.in_numpy import pool, project, sigmoid, softmax, weights

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from featstore.bags import BagBatch
 from featstore.errors import ConfigError
 from featstore.resident import CaseBags
-from heads.models.pooling import Standardize
+from heads.config import HeadConfig, TrainConfig, unused_settings
+from heads.models.standardize import Standardize
 from heads.training.data import fit_standardize
 from tests.heads.planted import (
     CASES,
@@ -186,6 +188,27 @@ def test_sub_cases_of_the_named_classes_partition_them(
             assert len(parts) == (min(3, there) if split_up else 1), case
 
 
+# Penalties that fade
+
+
+def test_penalties_fade_over_the_epochs_and_along_the_levels(bags: CaseBags) -> None:
+    """With weights that stand still, all that changes from epoch to epoch is the decay."""
+    levels = ("patch", "slice", "stain")
+
+    def penalties(names: tuple[str, ...], **decay: float) -> list[dict[str, float]]:
+        given = {"lr": 1e-30, "epochs": 3, "patience": None, "reg_entropy_form": "linear", **decay}
+        config = make_config(reg_weight_entropy=dict.fromkeys(names, 0.3), **given)
+        return trained(bags, config).progress.history
+
+    whole = [penalties((name,))[0] for name in levels]
+    fading = penalties(levels, reg_epoch_decay=0.7, reg_level_decay=0.25)
+    for part in ("train_entropy_penalty", "val_entropy_penalty"):
+        assert all(row[part] < -0.01 for row in whole)  # −H, not 0 at any level
+        first = sum(0.25**i * row[part] for i, row in enumerate(whole))
+        for epoch, row in enumerate(fading):
+            assert row[part] == pytest.approx(first * 0.7**epoch, rel=1e-5)
+
+
 # Settings that cannot be used
 
 
@@ -199,6 +222,29 @@ def test_training_cases_of_one_class_are_an_error(bags: CaseBags) -> None:
 def test_sub_cases_of_a_class_that_there_is_not_are_an_error(bags: CaseBags) -> None:
     with pytest.raises(ConfigError, match="malign"):
         make_training(bags, make_config(sub_cases={"n": 2, "classes": ["malign"]}))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("stain_dropout", -0.1),
+        ("stain_dropout", 1.1),
+        ("case_sampling", "even"),
+        ("weight_decay_mode", "ada"),
+        ("weight_decay_alpha", -1.0),
+    ],
+)
+def test_a_value_out_of_range_is_refused(name: str, wrong: object) -> None:
+    with pytest.raises(ValidationError, match=name):
+        TrainConfig(**{name: wrong})  # type: ignore[arg-type]
+
+
+def test_the_solved_head_tells_of_what_it_does_not_read() -> None:
+    given = {"weight_decay_mode": "adaptive", "weight_decay_alpha": 2.0, "stain_dropout": 0.5}
+    config = make_config("linear", case_sampling="balanced", **given)
+    unread = [name for name in unused_settings(config.head, config.train) if name.startswith("train.")]
+    assert unread == ["train.weight_decay_alpha", "train.weight_decay_mode"]
+    assert not unused_settings(HeadConfig(name="mean"), config.train)
 
 
 def test_fp16_needs_a_gpu(bags: CaseBags) -> None:

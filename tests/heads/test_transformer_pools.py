@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from featstore.errors import ConfigError
+from heads.models.attention_pool import AttentionPool
 from heads.models.outputs import Attention
 from heads.models.penalties import elastic_net_penalty, entropy, entropy_penalty
-from heads.models.pooling import AttentionPool
 from heads.models.transformer import MultiHeadPool, TransformerPool, attention_of_heads
 from tests.heads.test_transmil import LargestMade
 

@@ -28,6 +28,7 @@ def transmil(classes: int = 3, seed: int = 0, dropout: float = 0.0, **settings: 
     chosen = {
         "embed_dim": WIDTH,
         "transmil_heads": HEADS,
+        "transmil_attention": "nystrom",
         "transmil_landmarks": LANDMARKS,
         "dropout": dropout,
         **settings,
@@ -152,6 +153,17 @@ def test_what_the_approximation_makes_negative_is_reported_as_next_to_nothing() 
     assert 0 < found.min() < 1e-5 / 49
     np.testing.assert_allclose(found, in_numpy(head, batch.features.numpy())[1], rtol=1e-6)
     assert found.sum().item() == pytest.approx(1)
+
+
+def test_auto_approximates_only_beyond_so_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("heads.models.transmil._EXACT", 17)  # a class token and 16 patches
+    auto, exact, nystrom = (
+        transmil(transmil_attention=kind).eval() for kind in ("auto", "exact", "nystrom")
+    )
+    for size, like, unlike in ((16, exact, nystrom), (17, nystrom, exact)):
+        said, same, other = (head(batch_of(size)).logits for head in (auto, like, unlike))
+        assert torch.equal(said, same)
+        assert not torch.allclose(said, other)
 
 
 @pytest.mark.parametrize("heads", [1, 2])

@@ -1,0 +1,101 @@
+"""Features by mean and deviation of the training cases, which is where every head begins."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+# Below this a feature counts as constant; below this share of the median one, as nearly constant.
+_LEAST_DEVIATION, _LEAST_SHARE = 1e-6, 0.01
+_BLOCK = 256  # rows at once: what fits in a core's cache
+
+
+class Standardize(nn.Module):
+    """Per-feature standardisation, with mean and deviation of the training cases as buffers.
+
+    Args:
+        dim: D.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    def project(self, features: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+        """``layer((features − mean) / std)``.
+
+        Args:
+            features: (ΣP, D).
+            layer: D → E.
+
+        Returns:
+            (ΣP, E).
+        """
+        return nn.functional.linear(*self.fold(features, layer))
+
+    def fold(
+        self, features: torch.Tensor, layer: nn.Linear, scale: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Input, weight and bias of the product that ``scale`` × `project` is.
+
+        In float32 the standardisation is folded into the layer, which touches E·D numbers
+        instead of ΣP·D. In lower precision it must come first: features that differ in their
+        third digit alone would all round to the same bf16.
+
+        Args:
+            features: (ΣP, D).
+            layer: D → E.
+            scale: What the result is multiplied by.
+
+        Returns:
+            (ΣP, D), (E, D), (E,), in the precision of the product.
+        """
+        bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+        kind = features.device.type
+        if torch.is_autocast_enabled(kind):
+            low = torch.get_autocast_dtype(kind)
+            return self.lower(features, low, scale), layer.weight.to(low), (scale * bias).to(low)
+        weight = layer.weight * (scale / self.std)
+        return features.to(weight.dtype), weight, scale * bias - weight @ self.mean
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(ΣP, D) standardised features."""
+        return self._shifted(features, self.std.reciprocal())
+
+    def lower(self, features: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+        """(ΣP, D) standardised features × ``scale``, rounded to a lower precision."""
+        factor = scale / self.std
+        if features.requires_grad or features.device.type != "cpu":
+            return self._shifted(features, factor).to(dtype)
+        # By blocks: what lies between is as large as a core's cache.
+        found = torch.empty_like(features, dtype=dtype)
+        for rows, into in zip(torch.split(features, _BLOCK), torch.split(found, _BLOCK), strict=True):
+            into.copy_(self._shifted(rows, factor))
+        return found
+
+    def _shifted(self, features: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        # One multiplication and addition a number: a division takes ten times as long on a CPU.
+        return torch.addcmul(-self.mean * factor, features.to(self.mean.dtype), factor)
+
+
+def usable_deviation(std: torch.Tensor) -> torch.Tensor:
+    """Deviations to divide by.
+
+    A feature that does not vary gets 1. One that hardly varies (a unit that fires in one patch of six
+    thousand) is divided by 1% of the median deviation at least: by its own, that one patch would lie
+    thousands of deviations away and outvote all other features.
+
+    Args:
+        std: (D,).
+
+    Returns:
+        (D,), none of them 0.
+    """
+    varies = std > _LEAST_DEVIATION
+    if varies.any():
+        std = std.clamp_min(_LEAST_SHARE * float(std[varies].median()))
+    return torch.where(varies, std, 1.0)
