@@ -19,6 +19,8 @@ _RUN = 1024
 
 def segment_index(offsets: torch.Tensor, members: int) -> torch.Tensor:
     """(N,) int64: the segment of each of N members, from (G + 1,) offsets."""
+    if len(offsets) == 2:  # one segment, as a case by itself is: here and below in fewer steps
+        return offsets.new_zeros(members)
     segments = torch.arange(len(offsets) - 1, device=offsets.device)
     # With the size told, a GPU need not be waited for.
     return torch.repeat_interleave(segments, offsets.diff(), output_size=members)
@@ -35,6 +37,8 @@ def segment_sum(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         (G, …) float32 or float64.
     """
     values = wide(values)
+    if len(offsets) == 2:
+        return values.sum(0, keepdim=True)
     total = values.new_zeros((len(offsets) - 1, *values.shape[1:]))
     return total.index_add(0, segment_index(offsets, len(values)), values)
 
@@ -50,6 +54,8 @@ def segment_max(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         (G,) or (G, K).
     """
     values = wide(values)
+    if len(offsets) == 2:
+        return values.amax(0, keepdim=True)
     index = segment_index(offsets, len(values))
     if values.ndim == 2:
         index = index[:, None].expand_as(values)
@@ -111,6 +117,8 @@ def segment_softmax(logits: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor
 def segment_log_softmax(logits: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """Logarithm of `segment_softmax`, finite where the softmax itself underflows to 0."""
     logits = wide(logits)
+    if len(offsets) == 2:
+        return torch.log_softmax(logits, 0)
     index = segment_index(offsets, len(logits))
     shifted = logits - segment_max(logits.detach(), offsets)[index]
     return shifted - torch.log(segment_sum(torch.exp(shifted), offsets))[index]
@@ -189,6 +197,8 @@ class SegmentRun:
         """(segments[ · K], n): the weights of every row in its segment's lines, else 0; of (N[, K])."""
         mine = weights[self.rows].to(dtype or weights.dtype)
         columns = mine[None] if mine.ndim == 1 else mine.t()[None]
+        if self._count == 1:
+            return columns.flatten(0, -2)
         found = mine.new_zeros((self._count, *columns.shape[1:]))
         return found.scatter_(0, self._place(columns), columns).flatten(0, -2)
 
@@ -197,6 +207,8 @@ class SegmentRun:
         mine = each[self.segments]
         found = torch.mm(mine.flatten(0, -2), values[self.rows].to(each.dtype).t())
         found = found.view(*mine.shape[:-1], -1)
+        if self._count == 1:
+            return found[0].t()
         return found.gather(0, self._place(found[:1]))[0].t()
 
     @property
@@ -211,6 +223,9 @@ class SegmentRun:
 def segment_runs(offsets: torch.Tensor, members: int) -> Iterator[SegmentRun]:
     """All rows, in runs of few segments each; on a GPU this would have to wait for it."""
     index = segment_index(offsets, members)
+    if members <= _RUN:
+        yield SegmentRun(slice(0, members), slice(0, len(offsets) - 1), index)
+        return
     for start in range(0, members, _RUN):
         own = index[start : start + _RUN]
         first, last = int(own[0]), int(own[-1])

@@ -19,15 +19,22 @@ _EQUAL = 1e-6  # the least deviation of float32 gradients, as a share of their m
 
 def make_optimizer(head: Head, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimiser of a head's parameters, with constant or adaptive weight decay."""
-    decoupled = config.optimizer == "adamw"
+    decoupled, lr = config.optimizer == "adamw", learning_rate(config)
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
     if config.weight_decay_mode == "constant" or not config.weight_decay:
-        return kind(head.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        return kind(head.parameters(), lr=lr, weight_decay=config.weight_decay, fused=True)
     # A fused step decides by itself whether fp16 overflowed, too late for what comes before the step.
-    optimizer = kind(head.parameters(), lr=config.lr, weight_decay=0.0, fused=config.amp != "fp16")
+    optimizer = kind(head.parameters(), lr=lr, weight_decay=0.0, fused=config.amp != "fp16")
     decay = AdaptiveDecay(config.weight_decay, config.weight_decay_alpha, decoupled)
     optimizer.register_step_pre_hook(decay)
     return optimizer
+
+
+def learning_rate(config: TrainConfig) -> float:
+    """Of a resolved config (`heads.config.resolved`)."""
+    if config.lr == "auto":
+        raise ValueError("train.lr is auto: resolve the config first")
+    return config.lr
 
 
 class AdaptiveDecay:
@@ -94,7 +101,8 @@ def make_scheduler(
             min_lr=config.min_lr,
         )
     if config.scheduler == "cosine":
-        return kinds.CosineAnnealingLR(optimizer, config.epochs, eta_min=min(config.min_lr, config.lr))
+        least = min(config.min_lr, learning_rate(config))
+        return kinds.CosineAnnealingLR(optimizer, config.epochs, eta_min=least)
     return None
 
 

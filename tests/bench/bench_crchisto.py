@@ -120,9 +120,11 @@ def default_config(head: str, seed: int, **train: Any) -> Config:
 
 
 def head_fold(
-    config: Config, bags: CaseBags, split: Split, truth: Truth, head: Head | None = None
+    config: Config, bags: CaseBags, split: Split, truth: Truth, head: Head | None = None, last: bool = False
 ) -> Record:
     """One head on one fold; `head` is what is trained if it is not the config's.
+
+    With `last` the last epoch is kept, not the one with the lowest validation loss.
 
     Returns:
         `probabilities` of the test cases of being positive; `patches`: of positive ones, the AUC within
@@ -135,7 +137,8 @@ def head_fold(
         head = build_head(config.head, bags.store.spec.dim, len(names), config.train.seed)
     training = Training(head, bags, split, config.train, names)
     training.run()
-    head.load_state_dict(training.best)
+    if not last:
+        head.load_state_dict(training.best)
     patches: dict[str, dict[str, float | None]] = {}
     top1: dict[str, float] = {}
 

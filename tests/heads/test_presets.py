@@ -140,6 +140,13 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("name", ["hierarchical", "dual_stream", "transmil", "mean", "abmil", "clam_sb"])
+def test_the_rate_is_the_heads_own_unless_it_is_given(name: str) -> None:
+    rate = 1e-4 if name in ("abmil", "clam_sb") else 3e-4
+    assert resolved(Config(head=HeadConfig(name=name))).train.lr == rate
+    assert resolved(Config(head=HeadConfig(name=name), train=TrainConfig(lr=0.01))).train.lr == 0.01
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_preset_trains_as_it_is(project: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for plot in ("plot_history", "plot_confusion", "plot_deviation"):
