@@ -17,8 +17,10 @@ setup: .venv/.setup-done
 demo: setup
 	$(BIN)/featstore demo demo
 
+# A file's tests stay in one process: they share what is slow to make.
+WORKERS ?= 2
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from pydantic import ValidationError
 
 from cli.line import COHORT, command
+from featstore.config import SplitConfig
 from featstore.errors import ConfigError
 from featstore.flags import Call
 from heads.config import Config
@@ -28,6 +30,16 @@ def split(call: Call[Config]) -> None:
 
 def _train_flags(own: dict[str, Any]) -> dict[str, Any]:
     """What `--gpu` and `--folds` of train-head stand for."""
+    if own["folds"] is not None:
+        try:
+            SplitConfig(folds=own["folds"])
+        except ValidationError as error:  # of split.folds, a name that nobody typed
+            raise ConfigError(
+                f"--folds is {own['folds']}",
+                expected=error.errors()[0]["msg"].removeprefix("Input should be "),
+                where="--folds",
+                fix="--folds 5; or one split and many seeds: leave out --folds, --seeds 10",
+            ) from error
     device = {"train": {"device": "cuda"}} if own["gpu"] else {}
     return device | ({"split": {"folds": own["folds"]}} if own["folds"] is not None else {})
 
@@ -111,7 +123,7 @@ def evaluate(
                 where="evaluate",
                 fix=f"featstore evaluate --study {study}",
             )
-        call.answer(evaluate_study(call.config, call.project, study))
+        call.answer(evaluate_study(call.config, call.project, study, call.tell))
         return
     from heads.project import evaluate_project
 
@@ -133,9 +145,10 @@ def compare(
     from heads.evaluation.compare import compare as compare_both
     from heads.evaluation.compare import read_contender
 
-    runs = call.project / call.config.runs.path
-    first, second = (read_contender(runs, each, ensemble) for each in (a, b))
-    done = compare_both(first, second, call.config.runs.resamples)
+    given = call.config.runs
+    runs = call.project / given.path
+    first, second = (read_contender(runs, each, ensemble, given, call.tell) for each in (a, b))
+    done = compare_both(first, second, given.resamples)
     if csv is not None:
         done.write_csv(csv)
     call.answer(done)

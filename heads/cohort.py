@@ -117,7 +117,7 @@ def read_folds(
         )
     if files and folds not in (None, len(files)):
         raise ConfigError(
-            f"--folds is {folds}, but {given} holds {len(files)} splits",
+            f"--folds is {folds}, but {given} holds {len(files)} split{'s' * (len(files) > 1)}",
             expected="as many folds as there are splits",
             where="--folds, train.load_splits, split.path",
             fix="leave out --folds, or have new splits made in another folder: --split-path FOLDER",
@@ -128,15 +128,31 @@ def read_folds(
         tell(f"splits: {f'{count} folds' if count else '60/20/20'}, made now (seed {seed})")
         return dict(enumerate(made))
     found: dict[int, Split] = {}
-    for file in files:
-        number = file.stem.rpartition("_")[2]
-        fold = int(number) - 1 if not given.is_file() and number.isdecimal() else len(found)
+    for fold, file in ({0: given} if given.is_file() else _by_fold(files)).items():
         split, out = read_split(file, list(cohort.labels), cohort.groups, config.patches.normalize_cases)
         if out:
             tell(f"warning: {file.name}: {len(out)} cases stand in no part of it: {_some(out)}")
         found[fold] = split
     tell(f"splits: {len(found)} of {given}")
     return found
+
+
+def _by_fold(files: Sequence[Path]) -> dict[int, Path]:
+    """``data_splits_01.npz`` … by fold, from 0; one without a number, or two of one, are refused."""
+    found: dict[int, Path] = {}
+    for file in files:
+        number = file.stem.rpartition("_")[2]
+        fold = int(number) - 1 if number.isascii() and number.isdecimal() else -1
+        other = found.setdefault(fold, file)
+        if fold < 0 or other != file:
+            twice = f"{other.name} and {file.name} are both split number {fold + 1}"
+            raise ConfigError(
+                f"the name of {file.name} has no number from 1 on" if fold < 0 else twice,
+                expected="data_splits_01.npz, data_splits_02.npz, …: a number of its own for every fold",
+                where=str(file.parent),
+                fix="give each file a number of its own, or move it out of the folder",
+            )
+    return dict(sorted(found.items()))
 
 
 def labels_of(split: Split, labels: Mapping[str, int]) -> dict[str, int]:

@@ -290,7 +290,7 @@ def weights_by_level(value: PerLevel, levels: tuple[str, ...], name: str, decay:
     if strange := [level for level in given if level not in levels]:
         raise ConfigError(
             f"{name} names the level {strange[0]!r}",
-            expected=f"one of {', '.join(levels) or 'no level: this head has no attention'}",
+            expected=f"one of {', '.join(levels)}" if levels else "no level: this head has no attention",
             where=name,
             fix="leave it out, or choose another head",
         )

@@ -29,6 +29,7 @@ from heads.run import PARTS, TrainedRun, begin, evaluate_run, prepare, restore, 
 from heads.training.loop import Progress
 
 MACHINE = ("device", "memory_gb", "processes")  # settings of a place, not of a training
+_LOCATES = ("path", "suffix")  # settings of `runs` that say where a run is, not what it is
 
 
 def train_project(
@@ -149,8 +150,9 @@ def own_config(config: Config, run: RunFolder, tell: Callable[[str], None]) -> C
     ignored = [
         leaf.path
         for leaf in leaves(Config)
-        if leaf.section in ("head", "train")
+        if leaf.section in ("head", "train", "runs")
         and leaf.key not in MACHINE
+        and not (leaf.section == "runs" and leaf.key in _LOCATES)
         and leaf.key in getattr(config, leaf.section).model_fields_set
         and getattr(getattr(given, leaf.section), leaf.key)
         != getattr(getattr(mine, leaf.section), leaf.key)

@@ -15,7 +15,7 @@ from featstore.resident import CaseBags
 from heads.config import Config, RunsConfig
 from heads.evaluation.checkpoints import (
     identity_of,
-    load_best,
+    load_best_of,
     load_state,
     load_weights,
     save_state,
@@ -27,10 +27,17 @@ from heads.evaluation.results import (
     Evaluation,
     check_threshold,
     evaluate_heads,
-    history_frame,
     write_results,
 )
-from heads.evaluation.runs import RunError, RunFolder, read_config, write_config, write_history, write_json
+from heads.evaluation.runs import (
+    RunError,
+    RunFolder,
+    history_frame,
+    read_config,
+    write_config,
+    write_history,
+    write_json,
+)
 from heads.models.head import Head, build_head
 from heads.training.loop import Progress, Training, TrainingError, is_finished
 from heads.training.optimizer import choose_amp
@@ -174,7 +181,7 @@ def evaluate_run(
     last = build_head(config.head, int(about["dim"]), len(about["class_names"]))
     weights = state["head"] if state["ema"] is None else _averaged(state["ema"])
     heads: dict[str, Head] = {
-        "best": load_best(run, config, about),
+        "best": load_best_of(run, config, about, state, tell),
         "last": load_weights(last, weights, run.last),
     }
     done, attention = evaluate_heads(
@@ -188,6 +195,8 @@ def evaluate_run(
         state["class_weights"],
         part,
     )
+    if part == "val" and (fitted := _fitted(config.runs)):
+        tell(f"warning: the {fitted} fitted to the validation cases, and judged on the same cases here")
     if config.runs.analyze_attention and attention is None:
         why = "this head has no attention" if part == "test" else "it is written for the test cases alone"
         tell(f"warning: no attention table: {why}")
@@ -211,12 +220,17 @@ def _others(asked: RunsConfig, own: RunsConfig) -> str:
     return " and ".join(name for name in names if getattr(asked, name) != getattr(own, name))
 
 
+def _fitted(runs: RunsConfig) -> str:
+    """What is fitted to the validation cases, and its verb; empty if nothing is."""
+    names = ["threshold"] * (runs.threshold != "argmax") + ["calibration"] * (runs.calibration != "none")
+    return " and ".join(names) + (" are" if len(names) > 1 else " is") if names else ""
+
+
 def _check_cases(
     run: RunFolder, config: Config, about: dict[str, Any], cases: dict[str, tuple[str, ...]], part: str
 ) -> None:
     """Raises unless there are cases of this part, and of validation where something is fitted to them."""
-    fitted = config.runs.threshold != "argmax" or config.runs.calibration != "none"
-    for name in [part] + ["val"] * fitted:
+    for name in [part] + ["val"] * bool(_fitted(config.runs)):
         if not cases[name]:
             raise RunError(
                 f"the run has no {name} cases",

@@ -16,6 +16,7 @@ from heads.evaluation.results import check_threshold
 from heads.evaluation.runs import RunFolder, held
 from heads.evaluation.studies import Study, create_study, open_study
 from heads.evaluation.study_report import StudyReport, write_report
+from heads.evaluation.study_results import tell_not_used
 from heads.models.head import load_plugin
 from heads.project import on_this_machine, own_config, plugin_of, tell_unused
 from heads.run import prepare, settled
@@ -69,9 +70,8 @@ def study_project(
     del about["cases"]  # which differ by fold
     prepare(config, about, bags[0], first)  # what no training can do is refused before there is a folder
     study = create_study(project / config.runs.path, config, about, splits)
-    count = f"{len(splits)} folds" if len(splits) > 1 else "1 split"
-    count += f" × {seeds} seeds" if seeds > 1 else " × 1 seed"
-    tell(f"{study.folder.path}: {config.head.name}, {count}, fold {fold}: {sizes(first)}, {bags[0].device}")
+    about_first = f"fold {fold}: {sizes(first)}, {bags[0].device}"
+    tell(f"{study.folder.path}: {config.head.name}, {study.size}, {about_first}")
     with held(study.folder.path):
         return _train(study, project, bags, tell)
 
@@ -105,18 +105,23 @@ def resume_study(
         return _train(study, project, bags, tell)
 
 
-def evaluate_study(config: Config, project: Path, wanted: Path) -> StudyReport:
+def evaluate_study(
+    config: Config, project: Path, wanted: Path, tell: Callable[[str], None] = lambda text: None
+) -> StudyReport:
     """Write a study's tables and pictures anew, from the files of its trainings alone.
 
     Args:
         config: The project's settings; ``runs.resamples`` is used where it is set.
         project: The folder that relative paths start from.
         wanted: The study.
+        tell: Called with remarks.
 
     Raises:
         FeatstoreError: It is none, or a file of it is damaged.
     """
     study = open_study(project / config.runs.path, wanted)
+    names = ("threshold", "calibration", "analyze_attention")
+    tell_not_used(config.runs, study.config.runs, study.folder.path, tell, names)
     given = "resamples" in config.runs.model_fields_set
     return write_report(study, (config if given else study.config).runs.resamples)
 

@@ -200,6 +200,7 @@ heads.run.SAVE_SECONDS, epoch, begun = 0.0, Training._epoch, []
 def waits(self):  # in the second epoch of the second training
     begun.extend([self] * (self.progress.epoch == 0))
     there = len(begun) == 2 and self.progress.epoch == 1
+    if there: pathlib.Path("waits").touch()
     while there and not pathlib.Path("go").exists(): time.sleep(0.005)
     epoch(self)
 Training._epoch = waits
@@ -215,8 +216,7 @@ def test_stopped_or_killed_and_resumed_equals_a_study_that_was_not(
     child = subprocess.Popen(
         words, cwd=project, env={**os.environ, "PYTHONPATH": str(helpers.ROOT)}, stdout=subprocess.PIPE
     )
-    wanted = "runs/study_*/trainings/fold_1_seed_42/checkpoints/best.safetensors"
-    while not list(project.glob(wanted)):
+    while not (project / "waits").exists():
         assert child.poll() is None
         time.sleep(0.005)
     child.send_signal(number)
@@ -274,7 +274,8 @@ def test_permuted_test_labels_change_nothing_before_the_final_evaluation(
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (("--folds", 1), ("split.folds is 1", "greater than or equal to 3")),
+        (("--folds", 1), ("--folds is 1", "greater than or equal to 3", "where: --folds")),
+        (("--folds", 101), ("--folds is 101", "less than or equal to 100", "where: --folds")),
         (("--seeds", 0), ("--seeds is 0", "1 or more")),
         (("--folds", 3, "--fold", 1), ("train.fold is 1", "a study trains every fold")),
         (("--folds", 4, "--load-splits", "splits"), ("--folds is 4", "holds 3 splits")),
@@ -288,6 +289,38 @@ def test_permuted_test_labels_change_nothing_before_the_final_evaluation(
 def test_what_cannot_be_a_study_is_refused(project: Path, flags: tuple[Any, ...], says: Any) -> None:
     refused(project, "train-head", *flags, says=says)
     assert not (project / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("data_splits_2.npz", ("data_splits_02.npz and data_splits_2.npz", "both split number 2")),
+        ("data_splits_a.npz", ("data_splits_a.npz", "has no number")),
+        ("data_splits_00.npz", ("data_splits_00.npz", "has no number")),
+        ("data_splits_b_03.npz", ("data_splits_03.npz and data_splits_b_03.npz", "split number 3")),
+    ],
+)
+def test_split_files_that_are_no_fold_of_their_own_are_refused(
+    project: Path, name: str, says: tuple[str, ...]
+) -> None:
+    shutil.copy(project / "splits" / "data_splits_02.npz", project / "splits" / name)
+    flags = ("--load-splits", "splits", "--seeds", 1)
+    refused(project, "train-head", *flags, says=(*says, "data_splits_01.npz"))
+
+
+def test_settings_that_read_results_cannot_follow_are_told(whole: Path) -> None:
+    study = study_of(whole)
+    run = study / "trainings" / "fold_1_seed_42"
+    given = ("--calibration", "temperature", "--threshold", "validation")
+    for words in (("evaluate", "--study", study), ("compare", run, study)):
+        said = succeeded(whole, *words, *given).stdout
+        for setting in ("runs.threshold is validation", "runs.calibration is temperature"):
+            assert f"warning: {setting}, but the results of {study}" in said
+        assert (f"but the results of {run}" in said) == (words[0] == "compare")
+        own = ("--calibration", "none", "--threshold", "argmax")
+        assert "warning" not in succeeded(whole, *words, *own).stdout
+    said = succeeded(whole, "evaluate", "--study", study, "--no-analyze-attention").stdout
+    assert "warning: runs.analyze_attention is false" in said
 
 
 def test_a_study_is_no_run_and_a_run_no_study(whole: Path, project: Path) -> None:

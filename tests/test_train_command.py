@@ -278,7 +278,11 @@ def test_stopped_or_killed_and_resumed_equals_a_run_that_was_not(project: Path) 
         assert (run / best).read_bytes() == (whole / best).read_bytes()
 
 
-def test_the_threshold_comes_from_the_validation_cases(project: Path) -> None:
+def test_the_threshold_comes_from_the_validation_cases(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(heads.evaluation.results, "plot_deviation", lambda *args: drawn.append(args[-1]))
     run = RunFolder(train(project, "--threshold", "validation", "--epochs", 2))
     config, about = read_config(run), read_about(run)
     bags = heads.cohort.load_bags(config, Store.open(project / "store"), about["labels"], print)
@@ -287,6 +291,7 @@ def test_the_threshold_comes_from_the_validation_cases(project: Path) -> None:
     threshold = youden_threshold(seen.labels, seen.probabilities[:, 1])
     test = read(run.path)["test"]
     assert test["threshold"] == threshold
+    assert drawn == [threshold]
     expected = (np.array(test["prediction_probs"])[:, 1] >= threshold).astype(int).tolist()
     assert test["predictions"] == expected
     table = pd.read_csv(run.path / "predictions.csv")
@@ -330,3 +335,66 @@ def test_curves_are_drawn_while_it_trains(project: Path, monkeypatch: pytest.Mon
     train(project, "--plot-every", 2, "--epochs", 3)
     ((epochs, files),) = drawn
     assert (epochs, "model_loss.png" in files, "results.json" in files) == (2, True, False)
+
+
+def test_best_weights_of_another_epoch_are_not_evaluated_and_resuming_mends_them(
+    trained: Path, tmp_path: Path
+) -> None:
+    """As a training leaves them that is killed between its two checkpoints."""
+    project = Path(shutil.copytree(trained, tmp_path / "project"))
+    run, other = RunFolder(run_of(project, "tree")), RunFolder(train(project, "--train-seed", 7))
+    results, whole = read(run.path), run.best.read_bytes()
+    shutil.copy(other.best, run.best)
+    said = succeeded(project, "evaluate", run.path).stdout
+    assert "best.safetensors is of another epoch than last.pth says" in said
+    assert {k: v for k, v in read(run.path).items() if k != "args"} == {
+        k: v for k, v in results.items() if k != "args"
+    }
+    succeeded(project, "train-head", "--resume", run.path)
+    assert run.best.read_bytes() == whole
+    assert "of another epoch" not in succeeded(project, "evaluate", run.path).stdout
+
+
+def test_evaluating_again_replaces_every_file_and_writes_into_none(trained: Path, tmp_path: Path) -> None:
+    project = Path(shutil.copytree(trained, tmp_path / "project"))
+    run, kept = run_of(project, "tree"), tmp_path / "kept"
+    shutil.copytree(run, kept, copy_function=os.link)
+    before = {path: path.stat().st_mtime_ns for path in kept.rglob("*") if path.is_file()}
+    succeeded(project, "evaluate", run)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    replaced = {path.name for path in before if not path.samefile(run / path.relative_to(kept))}
+    tables = {"predictions.csv", "patch_attention.csv"}
+    assert replaced == {*tables, "results.json", "results.txt", "metrics.json"}
+
+
+def test_settings_of_results_that_a_resumed_run_does_not_use_are_told(project: Path) -> None:
+    run = train(project, "--suffix", "one")
+    flags = ("--calibration", "temperature", "--threshold", "validation", "--analyze-attention")
+    said = succeeded(project, "train-head", "--resume", run, *flags, "--suffix", "two").stdout
+    (line,) = (line for line in said.splitlines() if "given now, and not used" in line)
+    assert set(re.findall(r"\w+\.\w+", line)) == {
+        "runs.calibration",
+        "runs.threshold",
+        "runs.analyze_attention",
+    }
+    assert "not used" not in succeeded(project, "train-head", "--resume", run, "--suffix", "two").stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ((), None),
+        (("--calibration", "temperature"), "the calibration is fitted to the validation cases"),
+        (("--threshold", "validation"), "the threshold is fitted"),
+        (("--calibration", "temperature", "--threshold", "validation"), "threshold and calibration are"),
+    ],
+)
+def test_fitting_and_judging_on_the_same_cases_is_told(
+    trained: Path, flags: tuple[str, ...], says: str | None
+) -> None:
+    """No file is written: none ever is of other cases than the test cases."""
+    words = ("evaluate", run_of(trained, "tree"), *flags, "--part")
+    said = {part: succeeded(trained, *words, part).stdout for part in ("val", "train")}
+    assert "on the same cases" not in said["train"]
+    assert ("on the same cases" in said["val"]) == (says is not None)
+    assert (says or "") in said["val"]

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from featstore.errors import CohortError, escape_controls
+from featstore.files import replacing
 
 _SEPARATORS = ",;\t"
 _FORMULA_STARTS = ("=", "+", "-", "@")
@@ -153,11 +154,11 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object
     """Write rows that people will open in a spreadsheet.
 
     Args:
-        path: The file, replaced if it exists.
+        path: The file, replaced as a whole if it exists.
         columns: The header.
         rows: Cells, in the header's order.
     """
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with replacing(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows([safe_cell(cell) for cell in row] for row in rows)

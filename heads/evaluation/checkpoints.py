@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from featstore.files import replacing
 from heads.config import Config, HeadConfig, own_settings
-from heads.evaluation.runs import RunError, RunFolder, aside
+from heads.evaluation.runs import RunError, RunFolder
 from heads.models.head import Head, build_head
 from heads.training.loop import Progress
 
 
 def save_state(run: RunFolder, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Write ``last.pth``, and the best epoch's weights beside it."""
-    torch.save({"identity": dict(identity), **state}, aside(run.last))
-    os.replace(aside(run.last), run.last)
+    # The best first: a state that says "finished" then never lies beside older weights.
     save_best(run, state["best"], identity)
+    with replacing(run.last) as aside:
+        torch.save({"identity": dict(identity), **state}, aside)
 
 
 def save_best(run: RunFolder, best: Mapping[str, torch.Tensor], identity: Mapping[str, Any]) -> None:
@@ -37,8 +38,8 @@ def save_best(run: RunFolder, best: Mapping[str, torch.Tensor], identity: Mappin
         tensors = {name: value.contiguous() for name, value in best.items()}
         # One entry: several would be written in a random order, and equal runs have equal bytes.
         about = json.dumps({**identity, "weights_sha256": _digest(tensors)}, ensure_ascii=False)
-        save_file(tensors, aside(run.best), metadata={"featstore": about})
-        os.replace(aside(run.best), run.best)
+        with replacing(run.best) as aside:
+            save_file(tensors, aside, metadata={"featstore": about})
 
 
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -119,12 +120,7 @@ def load_best(run: RunFolder, config: Config, about: Mapping[str, Any]) -> Head:
     """
     head = build_head(config.head, int(about["dim"]), len(about["class_names"]))
     if not run.best.exists() and run.last.exists():
-        raise RunError(
-            "the checkpoint cannot be read: it is not there; perhaps no epoch was finished",
-            expected="a best epoch",
-            where=str(run.best),
-            fix=f"featstore train-head --resume {run.path}",
-        )
+        raise _no_best_epoch(run, "it is not there")
     try:
         with safe_open(run.best, "pt") as file:
             identity = json.loads((file.metadata() or {}).get("featstore", "{}"))
@@ -138,6 +134,43 @@ def load_best(run: RunFolder, config: Config, about: Mapping[str, Any]) -> Head:
     if identity.get("weights_sha256") != _digest(tensors):
         raise unreadable(run.best, "its weights fail their checksum")
     return head
+
+
+def load_best_of(
+    run: RunFolder,
+    config: Config,
+    about: Mapping[str, Any],
+    state: Mapping[str, Any],
+    tell: Callable[[str], None],
+) -> Head:
+    """The head with the weights of that epoch which the last state calls the best.
+
+    A process killed between two writes leaves a ``best.safetensors`` of another epoch beside
+    ``last.pth``, which holds the best weights as well: then these are taken, and it is told.
+
+    Args:
+        run: The folder.
+        config: Resolved (`heads.config.resolved`).
+        about: What `run.json` says.
+        state: What `load_state` gave.
+        tell: Called with a remark.
+
+    Raises:
+        RunError: As `load_best`, or the state has no best epoch yet.
+    """
+    head = load_best(run, config, about)
+    if not state["best"]:
+        raise _no_best_epoch(run, f"{run.last.name} knows of no best epoch")
+    own = build_head(config.head, int(about["dim"]), len(about["class_names"]))
+    load_weights(own, state["best"], run.last)
+    if _digest(own.state_dict()) == _digest(head.state_dict()):
+        return head
+    tell(
+        f"warning: {run.best.name} is of another epoch than {run.last.name} says, perhaps because a "
+        f"training was killed: the best weights in {run.last.name} are used; to mend it: "
+        f"featstore train-head --resume {run.path}"
+    )
+    return own
 
 
 def load_weights(head: Head, tensors: Mapping[str, torch.Tensor], path: Path) -> Head:
@@ -186,6 +219,15 @@ def _same_identity(path: Path, found: Mapping[str, Any], expected: Mapping[str, 
                 where=str(path),
                 fix="use the run's own checkpoint, or train anew",
             )
+
+
+def _no_best_epoch(run: RunFolder, found: str) -> RunError:
+    return RunError(
+        f"the checkpoint cannot be read: {found}; perhaps no epoch was finished",
+        expected="a best epoch",
+        where=str(run.best),
+        fix=f"featstore train-head --resume {run.path}",
+    )
 
 
 def unreadable(path: Path, reason: str) -> RunError:

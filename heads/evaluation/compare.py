@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,18 @@ from numpy.typing import NDArray
 
 from featstore.cohort.names import natural_sorted
 from featstore.cohort.tables import write_csv
+from heads.config import RunsConfig
 from heads.evaluation.metrics import BLOCK, Estimate, evaluate, interval_of, resample, weighted_statistics
-from heads.evaluation.runs import RunError, find_run
-from heads.evaluation.studies import is_study, open_study
-from heads.evaluation.study_results import CasePredictions, called, read_results, read_run_results
+from heads.evaluation.runs import RunError, find_run, read_config
+from heads.evaluation.studies import counted, is_study, open_study
+from heads.evaluation.study_results import (
+    CasePredictions,
+    StudyResults,
+    called,
+    read_results,
+    read_run_results,
+    tell_not_used,
+)
 
 COMPARED = ("auc", "average_precision", "accuracy", "balanced_accuracy", "brier", "log_loss")
 LESS_IS_BETTER = ("brier", "log_loss")
@@ -30,7 +38,7 @@ class Contender:
         kind: What its numbers are of, for the reader.
         class_names: In config order.
         seeds: One prediction of all its cases for every seed; a run, or an ensemble, has one.
-        left_out: Seeds that lack some of the cases.
+        left_out: Seeds that lack a fold.
     """
 
     path: Path
@@ -81,10 +89,12 @@ class Comparison:
         for letter, each in (("A", self.a), ("B", self.b)):
             lines.append(f"{letter}  {each.path}: {each.kind}")
             if each.left_out:
-                seeds = ", ".join(map(str, each.left_out))
-                lines.append(f"   without the seeds {seeds}, which lack a fold")
+                one, seeds = len(each.left_out) == 1, ", ".join(map(str, each.left_out))
+                lines.append(f"   without seed{'' if one else 's'} {seeds}, which lack{'s' * one} a fold")
         alone = [f"{n} only in {letter}" for letter, n in zip("AB", self.only, strict=True) if n]
-        lines.append(f"{self.cases} cases of both" + (f" ({', '.join(alone)}: left out)" if alone else ""))
+        lines.append(
+            f"{counted(self.cases, 'case')} of both" + (f" ({', '.join(alone)}: left out)" if alone else "")
+        )
         lines.append(f"{'':27}{'A':>10}{'B':>10}{'A − B':>10}   95% interval")
         for row in self.rows:
             numbers = [_shown(value) for value in (row.a, row.b)]
@@ -126,38 +136,52 @@ class Comparison:
         write_csv(path, columns, rows)
 
 
-def read_contender(runs: Path, wanted: Path, ensemble: bool = False) -> Contender:
+def read_contender(
+    runs: Path,
+    wanted: Path,
+    ensemble: bool = False,
+    given: RunsConfig | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Contender:
     """A run or a study by its path, or its name in the folder of runs.
 
     Args:
         runs: The folder of runs.
         wanted: Path or name.
         ensemble: Of a study, the mean probability over the seeds in place of the mean of their metrics.
+        given: The settings given now; what the results cannot follow is told.
+        tell: Called with remarks.
 
     Raises:
-        RunError: It is neither, is not finished, or a file of it is damaged.
+        RunError: It is neither, is not finished, or a file of it is damaged; no seed of the study has
+            every fold.
     """
     if not is_study(runs, wanted):
         run = find_run(runs, wanted)
         if not run.finished:
             raise _nothing(run.path, f"featstore train-head --resume {run.path}")
         results = read_run_results(run)
+        if given is not None:
+            tell_not_used(given, read_config(run).runs, run.path, tell)
         names = tuple(results["test"]["class_names"])
         return Contender(run.path, "a run", names, [_of_run(results["test"])])
     study = open_study(runs, wanted)
     found = read_results(study)
-    path, seeds = study.folder.path, found.per_seed() if found.finished else {}
-    if not seeds:
+    path, whole = study.folder.path, found.whole_seeds
+    if not found.finished:
         raise _nothing(path, f"featstore train-head --resume {path}")
-    most = max(len(each.case_ids) for each in seeds.values())
-    whole = {seed: each for seed, each in seeds.items() if len(each.case_ids) == most}
+    if not whole:
+        raise _no_whole_seed(path, found)
+    if given is not None:
+        tell_not_used(given, study.config.runs, path, tell)
     out = tuple(seed for seed in study.seeds if seed not in whole)
     if ensemble:
-        rows = found.table[found.table["seed"].isin(list(whole))]
-        kind = f"a study, mean probability of {len(whole)} seeds"
+        rows = found.table[found.table["seed"].isin(whole)]
+        kind = f"a study, mean probability of {counted(len(whole), 'seed')}"
         return Contender(path, kind, found.class_names, [found.mean(rows)], out)
-    kind = f"a study, folds pooled, mean of the metrics of {len(whole)} seeds"
-    return Contender(path, kind, found.class_names, list(whole.values()), out)
+    kind = f"a study, folds pooled, mean of the metrics of {counted(len(whole), 'seed')}"
+    seeds = found.per_seed()
+    return Contender(path, kind, found.class_names, [seeds[seed] for seed in whole], out)
 
 
 def _of_run(test: dict[str, Any]) -> CasePredictions:
@@ -229,7 +253,8 @@ def _shared(a: Contender, b: Contender) -> list[str]:
     if strange := [case for case in shared if first[case] != second[case]]:
         case = strange[0]
         raise RunError(
-            f"{len(strange)} cases have different true labels, such as {case}: "
+            f"{counted(len(strange), 'case')} {'has' if len(strange) == 1 else 'have'} different true "
+            f"labels, such as {case}: "
             f"{a.class_names[first[case]]} and {a.class_names[second[case]]}",
             expected="the same labels",
             where=f"{a.path}, {b.path}",
@@ -262,6 +287,17 @@ def _nothing(path: Path, fix: str) -> RunError:
         expected="a finished run or study",
         where=str(path),
         fix=fix,
+    )
+
+
+def _no_whole_seed(path: Path, found: StudyResults) -> RunError:
+    lacking = [each for each in found.trainings if each.status != "finished"]
+    named = ", ".join(f"fold {each.fold} seed {each.seed} ({each.status})" for each in lacking[:12])
+    return RunError(
+        f"no seed of the study has every fold finished: {named}{', …' if len(lacking) > 12 else ''}",
+        expected="a seed with every fold: the seeds are compared on the same cases",
+        where=str(path),
+        fix=f"featstore train-head --resume {path}",
     )
 
 

@@ -26,10 +26,9 @@ class ImportedEvaluation(Evaluation):
 
     def to_text(self) -> str:
         """Where it comes from; loss, accuracy and AUC; where the rest is."""
-        first, _, *parts = super().to_text().splitlines()
-        parts = [line.replace(", best epoch:", ":") for line in parts if ", last epoch:" not in line]
         source = f"  imported from {self.about['checkpoint']}: {self.about['model']}"
-        return "\n".join([first, source, *parts])
+        numbers = self.lines("best", self.part) + self.threshold_lines()
+        return "\n".join([f"{self.run.path}", source, *numbers])
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON types, all metrics included."""

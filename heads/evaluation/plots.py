@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, the confusion matrix, and how far each case is from right.
+"""Pictures of a training: its curves; `case_plots.py` draws its cases.
 
 Everything is drawn on ``Figure`` objects without pyplot, which keeps global state and picks a screen.
 Colours are Okabe & Ito's (2008), safe for the colour-blind; training is solid, validation dashed.
@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from featstore.cohort.tables import printable
+from featstore.files import replacing
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -73,45 +74,12 @@ def plot_history(history: pd.DataFrame, folder: Path) -> list[Path]:
     written = []
     for name, figure in _history_figures(history):
         path = folder / f"{name}.png"
-        path.unlink(missing_ok=True)
-        if figure is not None:
-            save(figure, path)
-            written.append(path)
+        if figure is None:
+            path.unlink(missing_ok=True)
+            continue
+        save(figure, path)
+        written.append(path)
     return written
-
-
-def plot_confusion(matrix: Ints, class_names: Sequence[str], path: Path) -> None:
-    """Draw a confusion matrix: counts, and below them the share of the true class.
-
-    Args:
-        matrix: (C, C), how many cases of the row's true class got the column's class.
-        class_names: C names in config order.
-        path: The PNG to write.
-
-    Raises:
-        ValueError: Shapes that do not belong together.
-    """
-    save(_confusion_figure(matrix, class_names), path)
-
-
-def plot_deviation(
-    case_ids: Sequence[str], true: Ints, probabilities: Floats, class_names: Sequence[str], path: Path
-) -> None:
-    """Draw 1 − p of the true class for every case, by class and in rising order, the wrong ones marked.
-
-    Wrong is a case whose most probable class, the first of equals, is not the true one.
-
-    Args:
-        case_ids: N names, shown where there are at most 40.
-        true: (N,) class indices in config order.
-        probabilities: (N, C).
-        class_names: C names in config order.
-        path: The PNG to write.
-
-    Raises:
-        ValueError: Shapes that do not belong together.
-    """
-    save(_deviation_figure(case_ids, true, probabilities, class_names), path)
 
 
 def _both(name: str, label: str = "", width: float = 1.8) -> list[_Line]:
@@ -241,72 +209,6 @@ def _history_figures(history: pd.DataFrame) -> Iterator[tuple[str, Figure | None
     yield "attention", _figure(history, "Attention", [entropy, effective, largest])
 
 
-def _confusion_figure(matrix: Ints, class_names: Sequence[str]) -> Figure:
-    counts, names, classes = np.asarray(matrix), [*map(shorten, class_names)], len(class_names)
-    if counts.shape != (classes, classes) or not classes:
-        raise ValueError(f"confusion matrix {counts.shape}, {classes} class names: no match")
-    total = counts.sum(axis=1, keepdims=True)
-    share = 100 * counts / np.maximum(total, 1)
-    side = float(np.clip(1.1 * classes, 3.2, 14.0))
-    cell = 72 * side / classes  # points
-    figure = Figure(figsize=(side + 2.4, side + 1.4), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(share, cmap="cividis", vmin=0, vmax=100)
-    size = float(np.clip(cell / 4.5, 3, 13))
-    for (row, column), percent in np.ndenumerate(share):
-        text = f"{counts[row, column]}\n" + (f"{percent:.0f} %" if total[row, 0] else "–")
-        ink = "black" if percent > 50 else "white"
-        axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=size)
-    ticks, size = range(classes), float(np.clip(cell / 2.5, 5, 10))
-    steep = max(map(len, names)) * 0.6 * size > cell
-    axes.set_xticks(
-        ticks, names, fontsize=size, parse_math=False, rotation_mode="anchor",
-        rotation=45 if steep else 0, ha="right" if steep else "center",
-    )  # fmt: skip
-    axes.set_yticks(ticks, names, fontsize=size, parse_math=False)
-    axes.set(xlabel="predicted class", ylabel="true class", title=f"Confusion matrix, {counts.sum()} cases")
-    figure.colorbar(image, label="share of the true class (%)", shrink=0.9)
-    return figure
-
-
-def _deviation_figure(
-    case_ids: Sequence[str], true: Ints, probabilities: Floats, class_names: Sequence[str]
-) -> Figure:
-    label, p, classes = np.asarray(true), np.asarray(probabilities, dtype=np.float64), len(class_names)
-    n = len(case_ids)
-    if label.shape != (n,) or p.shape != (n, classes) or not n:
-        raise ValueError(f"{n} case ids, labels {label.shape}, probabilities {p.shape}, {classes} classes")
-    deviation, wrong = 1 - p[np.arange(n), label], p.argmax(axis=1) != label
-    # By class, then rising; between two classes some air.
-    order = np.lexsort((deviation, label))
-    present, place = np.unique(label), np.empty(n)
-    place[order] = np.arange(n) + max(1, n // 100) * np.searchsorted(present, label[order])
-    figure = Figure(figsize=(float(np.clip(4.5 + 0.16 * n, 8.0, 15.0)), 5.0), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
-    size, names = float(np.clip(400 / n, 2.5, 7)), []
-    for c in present:
-        mine, (color, marker) = label == c, COLORS[c % len(COLORS)]
-        axes.vlines(place[mine], 0, deviation[mine], color=color, linewidth=size / 2)
-        axes.plot(place[mine], deviation[mine], marker, color=color, markersize=size)
-        names.append(f"{shorten(class_names[c])}: {wrong[mine].sum()} of {mine.sum()} wrong")
-    if wrong.any():
-        axes.plot(place[wrong], deviation[wrong], "x", color="black", markersize=size + 3)
-        names.append("wrong")
-    # A class named "_x" as a line's label would be left out of the legend, so the texts are set after.
-    blank, columns = [""] * len(names), 1 + len(names) // 20
-    legend = figure.legend(axes.lines[:], blank, loc="outside right upper", ncols=columns, fontsize=9)
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set(parse_math=False, text=name)
-    if classes == 2:
-        axes.axhline(0.5, color="0.35", linestyle="--", linewidth=1.2)
-    shown = order if n <= MARKED else order[:0]
-    ids = [shorten(case_ids[i]) for i in shown]
-    axes.set_xticks(place[shown], ids, rotation=90, fontsize=8, parse_math=False)
-    axes.set(xlim=(-1, place.max() + 1), ylim=(0, 1.05), title="Deviation from the true class")
-    axes.set(xlabel="cases, by true class", ylabel="1 − probability of the true class")
-    return figure
-
-
 def shorten(name: str) -> str:
     """A name of the user's as one short line of printable text; its end is kept, where ids differ."""
     text = printable(str(name)).replace("\n", "\\n")
@@ -314,7 +216,7 @@ def shorten(name: str) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG, with a box for every letter that the font lacks."""
-    with _ONE_AT_A_TIME, warnings.catch_warnings():
+    """Write a PNG aside and move it into place, with a box for every letter that the font lacks."""
+    with replacing(path) as aside, _ONE_AT_A_TIME, warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
-        figure.savefig(path, dpi=DPI, format="png", backend="agg")
+        figure.savefig(aside, dpi=DPI, format="png", backend="agg")

@@ -17,10 +17,11 @@ from featstore.errors import ConfigError
 from featstore.resident import CaseBags
 from heads.config import Config, RunsConfig, TrainConfig
 from heads.evaluation.calibration import Calibration, calibrate
+from heads.evaluation.case_plots import plot_confusion, plot_deviation
 from heads.evaluation.metrics import Floats, Metrics, evaluate, youden_threshold
-from heads.evaluation.plots import plot_confusion, plot_deviation, plot_history
+from heads.evaluation.plots import plot_history
 from heads.evaluation.predict import PatchAttention, Predictions, predict
-from heads.evaluation.runs import RunFolder, write_json
+from heads.evaluation.runs import RunFolder, write_json, write_text
 from heads.models.head import Head
 from heads.models.outputs import HeadOutput
 
@@ -57,16 +58,22 @@ class Evaluation:
         lines.append(
             f"  best epoch {self.best_epoch} of {self.epochs}, validation loss {self.best_val_loss:.4f}"
         )
-        for name, (predictions, metrics) in (("best", self.best), ("last", self.last)):
-            lines.append(
-                f"  {self.part}, {name} epoch: {metrics.n} cases  loss {predictions.loss:.4f}  "
-                f"accuracy {_shown(metrics, 'accuracy')}  AUC {_shown(metrics, 'auc')}"
-            )
-            if name in self.calibration:
-                lines.append(f"    {self.calibration[name].to_text()}")
-        if (threshold := self.best[1].threshold) is not None:
-            lines.append(f"  threshold {threshold:.3f}, from the validation cases")
-        return "\n".join(lines)
+        lines += self.lines("best", f"{self.part}, best epoch")
+        lines += self.lines("last", f"{self.part}, last epoch")
+        return "\n".join(lines + self.threshold_lines())
+
+    def lines(self, name: Literal["best", "last"], title: str) -> list[str]:
+        """Loss, accuracy and AUC of the best or the last epoch, and its calibration if there is one."""
+        predictions, metrics = self.best if name == "best" else self.last
+        numbers = f"loss {predictions.loss:.4f}  accuracy {_shown(metrics, 'accuracy')}"
+        lines = [f"  {title}: {metrics.n} cases  {numbers}  AUC {_shown(metrics, 'auc')}"]
+        done = self.calibration.get(name)
+        return lines + ([] if done is None else [f"    {done.to_text()}"])
+
+    def threshold_lines(self) -> list[str]:
+        """The threshold of the best epoch, if there is one."""
+        threshold = self.best[1].threshold
+        return [] if threshold is None else [f"  threshold {threshold:.3f}, from the validation cases"]
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON types, all metrics included."""
@@ -135,40 +142,54 @@ def evaluate_heads(
     attention = (
         PatchAttention(bags, class_names) if config.runs.analyze_attention and part == "test" else None
     )
-    found: dict[str, tuple[Predictions, Metrics]] = {}
-    calibration: dict[str, Calibration] = {}
-    for name, head in heads.items():
-        observe = attention if name == "best" else None
-        logits, predictions = _predict(head, bags, cases[part], config.train, weights, observe)
-        threshold = None
-        if config.runs.calibration == "temperature" or config.runs.threshold == "validation":
-            seen_logits, seen = _predict(head, bags, cases["val"], config.train, weights)
-            if config.runs.calibration == "temperature":
-                done = calibrate(seen_logits, seen.labels, logits, predictions.labels, class_names)
-                calibration[name], scaled = done, done.temperature.probabilities
-                predictions = replace(predictions, probabilities=scaled(logits))
-                seen = replace(seen, probabilities=scaled(seen_logits))
-            if config.runs.threshold == "validation":
-                threshold = youden_threshold(seen.labels, seen.probabilities[:, -1])
-        metrics = evaluate(
-            predictions.labels,
-            predictions.probabilities,
-            class_names,
-            threshold=threshold,
-            resamples=config.runs.resamples,
+    found = {
+        name: _evaluate(
+            head, bags, config, cases, class_names, weights, part, attention if name == "best" else None
         )
-        found[name] = (predictions, metrics)
+        for name, head in heads.items()
+    }
     evaluation = Evaluation(
         run,
         part,
-        found["best"],
-        found["last"],
+        found["best"][:2],
+        found["last"][:2],
         int(progress["best_epoch"]),
         float(progress["best_val_loss"]),
         int(progress["epoch"]),
-        calibration,
+        {name: done for name, (_, _, done) in found.items() if done is not None},
     )
     return evaluation, attention.table() if attention is not None and attention.seen else None
+
+
+def _evaluate(
+    head: Head,
+    bags: CaseBags,
+    config: Config,
+    cases: Mapping[str, Sequence[str]],
+    class_names: Sequence[str],
+    weights: torch.Tensor | None,
+    part: str,
+    attention: PatchAttention | None,
+) -> tuple[Predictions, Metrics, Calibration | None]:
+    """One head on one part; calibration and threshold, where asked for, are of the validation cases."""
+    logits, predictions = _predict(head, bags, cases[part], config.train, weights, attention)
+    threshold = done = None
+    if config.runs.calibration == "temperature" or config.runs.threshold == "validation":
+        seen_logits, seen = _predict(head, bags, cases["val"], config.train, weights)
+        if config.runs.calibration == "temperature":
+            done = calibrate(seen_logits, seen.labels, logits, predictions.labels, class_names)
+            predictions = replace(predictions, probabilities=done.temperature.probabilities(logits))
+            seen = replace(seen, probabilities=done.temperature.probabilities(seen_logits))
+        if config.runs.threshold == "validation":
+            threshold = youden_threshold(seen.labels, seen.probabilities[:, -1])
+    metrics = evaluate(
+        predictions.labels,
+        predictions.probabilities,
+        class_names,
+        threshold=threshold,
+        resamples=config.runs.resamples,
+    )
+    return predictions, metrics, done
 
 
 def _predict(
@@ -207,10 +228,11 @@ def write_results(
         predictions.probabilities,
         metrics.class_names,
         folder / "deviation_plot.png",
+        None if metrics.threshold is None else float(metrics.threshold),
     )
     plot_history(history, folder)
     write_json(folder / "metrics.json", {"test": done.metrics("best"), "test_last": done.metrics("last")})
-    (folder / "results.txt").write_text(_results_text(done), encoding="utf-8")
+    write_text(folder / "results.txt", _results_text(done))
     write_json(
         done.run.results,
         {
@@ -290,11 +312,3 @@ def _shown(metrics: Metrics, name: str) -> str:
         return f"undefined ({estimate.reason})"
     interval = "" if estimate.low is None else f" [{estimate.low:.3f}, {estimate.high:.3f}]"
     return f"{estimate.value:.3f}{interval}"
-
-
-def history_frame(rows: Sequence[Mapping[str, float]]) -> pd.DataFrame:
-    """One row an epoch, with the columns in a fixed order; what an epoch lacks is NaN."""
-    frame = pd.DataFrame(list(rows))
-    first = [name for name in ("epoch", "seconds", "lr", "temperature", "grad_norm") if name in frame]
-    frame = frame[first + [name for name in frame if name not in first]]
-    return frame.astype({"epoch": np.int64})

@@ -6,20 +6,21 @@ import errno
 import fcntl
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
 from featstore.cohort.names import natural_key, natural_sorted
 from featstore.cohort.splits import Split, read_split
 from featstore.errors import ConfigError, FeatstoreError
+from featstore.files import replacing
 from featstore.settings import Layers
 from featstore.strict_yaml import parse, read_file
 from heads.config import Config
@@ -181,10 +182,16 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write text aside and move it into place."""
+    with replacing(path) as aside:
+        aside.write_bytes(text.encode())
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON aside and move it into place; a number that is none (NaN, infinite) becomes null."""
     text = json.dumps(_strict(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    _replace(path, text.encode())
+    write_text(path, text)
 
 
 def _strict(value: Any) -> Any:
@@ -195,15 +202,23 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def history_frame(rows: Sequence[Mapping[str, float]]) -> pd.DataFrame:
+    """One row an epoch, with the columns in a fixed order; what an epoch lacks is NaN."""
+    frame = pd.DataFrame(list(rows))
+    first = [name for name in ("epoch", "seconds", "lr", "temperature", "grad_norm") if name in frame]
+    frame = frame[first + [name for name in frame if name not in first]]
+    return frame.astype({"epoch": np.int64})
+
+
 def write_history(run: RunFolder, history: pd.DataFrame) -> None:
     """Write ``history.csv`` aside and move it into place: a reader never sees half of it."""
-    _replace(run.history, history.to_csv(index=False).encode())
+    write_text(run.history, history.to_csv(index=False))
 
 
 def write_config(path: Path, config: Config) -> None:
     """Write the config as YAML that `--config` takes."""
     text = yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    _replace(path, text.encode())
+    write_text(path, text)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -285,13 +300,3 @@ def read_description(path: Path) -> dict[str, Any]:
         where=str(path),
         fix="train again, or bring the file back",
     )
-
-
-def aside(path: Path) -> Path:
-    """Where a file is written before it is moved into place."""
-    return path.with_name(f".{path.name}.part")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    aside(path).write_bytes(content)
-    os.replace(aside(path), path)

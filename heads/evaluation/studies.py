@@ -103,6 +103,12 @@ class Study:
         return list(self.about["seeds"])
 
     @property
+    def size(self) -> str:
+        """`3 folds × 2 seeds`."""
+        folds, seeds = len(self.folds), len(self.seeds)
+        return f"{'1 split' if folds == 1 else f'{folds} folds'} × {counted(seeds, 'seed')}"
+
+    @property
     def trainings(self) -> list[tuple[int, int]]:
         """Fold and seed of every training, in the order of their turn: seed by seed."""
         return [(fold, seed) for seed in self.seeds for fold in self.folds]
@@ -118,6 +124,11 @@ class Study:
             self.folder.split(fold), list(self.about["labels"]), {}, normalize_cases=False
         )
         return split
+
+
+def counted(number: int, what: str) -> str:
+    """`1 seed`, `2 seeds`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def create_study(

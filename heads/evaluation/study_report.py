@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -12,8 +13,8 @@ from featstore.cohort.names import natural_sorted
 from featstore.cohort.tables import write_csv
 from heads.evaluation.agreement import Agreement, attention_agreement
 from heads.evaluation.metrics import Estimate, Metrics
-from heads.evaluation.runs import write_json
-from heads.evaluation.studies import Study
+from heads.evaluation.runs import write_json, write_text
+from heads.evaluation.studies import Study, counted
 from heads.evaluation.study_plots import plot_study
 from heads.evaluation.study_results import StudyResults, read_results
 from heads.evaluation.study_tables import (
@@ -38,8 +39,9 @@ class StudyReport:
     Attributes:
         study: The study.
         results: What its trainings found.
-        pooled: By seed, the metrics of all its folds' test cases together.
-        ensemble: Those of the mean probability over the seeds; None without a finished training.
+        pooled: By seed, the metrics of all its finished folds' test cases together.
+        ensemble: Those of the mean probability over the seeds that have the case's fold; None without
+            a finished training.
         always_wrong: Cases that no training called right.
         agreement: Of the attention of different seeds, where it was written.
         interrupted: The signal that ended the command early; None if none did.
@@ -52,6 +54,17 @@ class StudyReport:
     always_wrong: list[str]
     agreement: Agreement | None
     interrupted: int | None = None
+
+    @property
+    def whole(self) -> dict[int, Metrics]:
+        """`pooled` of the seeds that have every fold, and so the same cases."""
+        return {seed: self.pooled[seed] for seed in self.results.whole_seeds}
+
+    @property
+    def partial(self) -> list[int]:
+        """The seeds of `pooled` that lack a fold."""
+        whole = self.results.whole_seeds
+        return [seed for seed in self.pooled if seed not in whole]
 
     @property
     def failed(self) -> list[str]:
@@ -72,36 +85,55 @@ class StudyReport:
         done, study = self.results.finished, self.study
         lines = [
             f"{study.folder.path}",
-            f"  {study.config.head.name}, {len(study.folds)} folds × {len(study.seeds)} seeds: "
+            f"  {study.config.head.name}, {study.size}: "
             f"{len(done)} of {len(study.trainings)} trainings finished",
         ]
         if done:
             lines.append(f"  {'test cases, best epoch':36}" + "".join(f"{v:>24}" for v in SHOWN.values()))
-            means = over_trainings(self.results)["best"]
-            each = {f"each training alone, mean ± sd of {len(done)}": {k: _spread(means[k]) for k in SHOWN}}
-            for seed, metrics in self.pooled.items():
-                each[f"folds of seed {seed} pooled, {metrics.n} cases"] = {
-                    name: _shown(getattr(metrics, name)) for name in SHOWN
-                }
-            if len(self.pooled) > 1:
-                over = over_seeds(self.pooled)
-                each[f"mean ± sd of {len(self.pooled)} seeds"] = {k: _spread(over[k]) for k in SHOWN}
-            if self.ensemble is not None and len(self.pooled) > 1:
-                each["ensemble of the seeds"] = {k: _shown(getattr(self.ensemble, k)) for k in SHOWN}
-            for name, values in each.items():
+            for name, values in self._rows().items():
                 lines.append(f"  {name:36}" + "".join(f"{values[metric]:>24}" for metric in SHOWN))
+            if self.partial and len(study.seeds) > 1:
+                one, seeds = len(self.partial) == 1, ", ".join(map(str, self.partial))
+                lack = "lacks a fold, and is" if one else "lack a fold, and are"
+                lines.append(f"  seed{'' if one else 's'} {seeds} {lack} in no mean over seeds")
             wrong = f": {', '.join(self.always_wrong[:10])}" if self.always_wrong else ""
             wrong += ", …" if len(self.always_wrong) > 10 else ""
-            lines.append(f"  wrong in every training: {len(self.always_wrong)} cases{wrong}")
+            lines.append(f"  wrong in every training: {counted(len(self.always_wrong), 'case')}{wrong}")
         if self.agreement is not None:
             lines.append(f"  {self.agreement.to_text()}")
         if self.failed:
-            lines += [f"  {len(self.failed)} trainings failed:", *(f"    {line}" for line in self.failed)]
+            count = counted(len(self.failed), "training")
+            lines += [f"  {count} failed:", *(f"    {line}" for line in self.failed)]
         if self.open:
-            lines.append(f"  {self.open} trainings are still to do")
+            are = "is" if self.open == 1 else "are"
+            lines.append(f"  {counted(self.open, 'training')} {are} still to do")
         if self.failed or self.open:
             lines.append(f"to go on: featstore train-head --resume {study.folder.path}")
         return "\n".join(lines)
+
+    def _rows(self) -> dict[str, dict[str, str]]:
+        """What stands in the lines of the table of `to_text`, by their names."""
+        done, folds = self.results.finished, len(self.study.folds)
+        means = over_trainings(self.results)["best"]
+        rows = {f"each training alone, mean ± sd of {len(done)}": {k: _spread(means[k]) for k in SHOWN}}
+        for seed, metrics in self.pooled.items():
+            mine = sum(each.seed == seed for each in done)
+            name = f"folds of seed {seed} pooled"
+            if mine < folds:
+                name = f"{mine} of {folds} folds of seed {seed}"
+            rows[f"{name}, {metrics.n} cases"] = {k: _shown(getattr(metrics, k)) for k in SHOWN}
+        if len(self.whole) > 1:
+            over = over_seeds(self.whole)
+            rows[f"mean ± sd of {len(self.whole)} seeds"] = {k: _spread(over[k]) for k in SHOWN}
+        if self.ensemble is not None and len(self.pooled) > 1:
+            name = "ensemble of the seeds"
+            if self.partial:
+                seeds = self.results.table.groupby("case_id")["seed"].nunique()
+                least, most = int(seeds.min()), int(seeds.max())
+                count = counted(most, "seed") if least == most else f"{least} to {most} seeds"
+                name = f"ensemble of {count}, {self.ensemble.n} cases"
+            rows[name] = {k: _shown(getattr(self.ensemble, k)) for k in SHOWN}
+        return rows
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON types: what `metrics.json` says, and where."""
@@ -125,7 +157,8 @@ class StudyReport:
             "failed": self.failed,
             "over_trainings": over_trainings(self.results),
             "pooled": {str(seed): metrics.to_json() for seed, metrics in self.pooled.items()},
-            "pooled_over_seeds": over_seeds(self.pooled),
+            "whole_seeds": list(self.whole),
+            "pooled_over_seeds": over_seeds(self.whole),
             "ensemble": None if self.ensemble is None else self.ensemble.to_json(),
             "always_wrong": self.always_wrong,
             "attention_agreement": None if self.agreement is None else self.agreement.to_json(),
@@ -163,18 +196,20 @@ def write_report(study: Study, resamples: int, interrupted: int | None = None) -
     _write(folder / "out_of_fold.csv", out_of_fold(results))
     _write(folder / "per_case.csv", cases)
     _write(folder / "always_wrong.csv", cases[cases["right"] == 0])
-    _write(folder / "pooled.csv", pooled_table(report.pooled, report.ensemble))
-    if whole is not None:
-        _write(folder / "ensemble.csv", ensemble_table(whole, results.class_names))
-    if agreement is not None:
-        _write(folder / "attention_agreement.csv", agreement.table)
+    _write(folder / "pooled.csv", pooled_table(results, report.pooled, report.ensemble))
+    combined = None if whole is None else ensemble_table(whole, results.class_names)
+    _write(folder / "ensemble.csv", combined)
+    _write(folder / "attention_agreement.csv", None if agreement is None else agreement.table)
     write_json(folder / "metrics.json", report.numbers())
-    (folder / "study.txt").write_text(report.to_text() + "\n", encoding="utf-8")
+    write_text(folder / "study.txt", report.to_text() + "\n")
     plot_study(folder, results, seeds, whole)
     return report
 
 
-def _write(path: Any, table: pd.DataFrame) -> None:
+def _write(path: Path, table: pd.DataFrame | None) -> None:
+    if table is None:
+        path.unlink(missing_ok=True)  # an older one would be of trainings that are gone
+        return
     rows = table.astype(object).where(table.notna(), "").to_numpy(object).tolist()
     write_csv(path, table.columns.tolist(), rows)
 

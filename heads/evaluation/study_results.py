@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from featstore.cohort.names import natural_sorted
+from heads.config import RunsConfig
 from heads.evaluation.metrics import Metrics, evaluate
 from heads.evaluation.runs import RunError, RunFolder
 from heads.evaluation.studies import Status, Study
@@ -100,6 +102,13 @@ class StudyResults:
         return [each for each in self.trainings if each.status == "finished"]
 
     @property
+    def whole_seeds(self) -> list[int]:
+        """The seeds whose every fold is finished: these alone are of the same cases."""
+        lacking = {each.seed for each in self.trainings if each.status != "finished"}
+        seeds = dict.fromkeys(each.seed for each in self.trainings)
+        return [seed for seed in seeds if seed not in lacking]
+
+    @property
     def probability_columns(self) -> list[str]:
         """Of `table`."""
         return [f"p{c}" for c in range(len(self.class_names))]
@@ -144,15 +153,53 @@ def read_results(study: Study) -> StudyResults:
     columns = ["case_id", "true", "fold", "seed", "called", "threshold"]
     columns += [f"p{c}" for c in range(len(names))]
     table = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=columns)
-    several = table.groupby("case_id")["true"].nunique() if rows else pd.Series(dtype=int)
-    if (several > 1).any():
+    if strange := _strange(table):
         raise RunError(
-            f"case {several.idxmax()} has different true labels in different trainings",
+            strange,
             expected="trainings of one study",
             where=str(study.folder.path),
             fix="train the strange ones again: remove their folders, then train-head --resume",
         )
     return StudyResults(names, trainings, table)
+
+
+def _strange(table: pd.DataFrame) -> str:
+    """Why these trainings cannot be of one study; empty if they can."""
+    for case, labels in table.groupby("case_id")["true"]:
+        if labels.nunique() > 1:
+            return f"case {case} has different true labels in different trainings"
+    for fold, rows in table.groupby("fold"):
+        (first, expected), *others = rows.groupby("seed")["case_id"].agg(frozenset).items()
+        for seed, cases in others:
+            if differ := natural_sorted(cases ^ expected):
+                return (
+                    f"fold {fold}: seeds {first} and {seed} have different test cases, such as {differ[0]}"
+                )
+    return ""
+
+
+def tell_not_used(
+    given: RunsConfig,
+    own: RunsConfig,
+    path: Path,
+    tell: Callable[[str], None],
+    names: Sequence[str] = ("threshold", "calibration"),
+) -> None:
+    """Tell of settings that are given now, and that results which are only read cannot follow.
+
+    Args:
+        given: The settings given now.
+        own: Those that the results were made with.
+        path: The run or study, for the reader.
+        tell: Called with remarks.
+        names: The settings that are looked at.
+    """
+    for name in names:
+        now, then = (json.dumps(getattr(each, name)).strip('"') for each in (given, own))
+        if name in given.model_fields_set and now != then:
+            tell(
+                f"warning: runs.{name} is {now}, but the results of {path} were made with {then}: not used"
+            )
 
 
 def _finished(run: RunFolder, fold: int, seed: int, names: tuple[str, ...]) -> TrainingResult:

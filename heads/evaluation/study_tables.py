@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -144,14 +145,22 @@ def ensemble_table(whole: CasePredictions, names: Sequence[str]) -> pd.DataFrame
     return pd.DataFrame(found | {"correct": (whole.called == whole.labels).astype(int)})
 
 
-def pooled_table(pooled: Mapping[int, Metrics], ensemble: Metrics | None) -> pd.DataFrame:
-    """The pooled metrics of every seed and of their ensemble, with 95% intervals."""
-    columns = ["seed", "cases", *(f"{name}{end}" for name in METRICS for end in ("", "_low", "_high"))]
+def pooled_table(
+    results: StudyResults, pooled: Mapping[int, Metrics], ensemble: Metrics | None
+) -> pd.DataFrame:
+    """The pooled metrics of every seed and of their ensemble, with 95% intervals.
+
+    ``trainings`` says how many of them each row is made of: of a seed that lacks a fold, fewer.
+    """
+    of = Counter(str(each.seed) for each in results.finished)
+    of["ensemble"] = len(results.finished)
+    columns = ["seed", "trainings", "cases"]
+    columns += [f"{name}{end}" for name in METRICS for end in ("", "_low", "_high")]
     rows: list[dict[str, Any]] = []
     for seed, metrics in [*pooled.items(), ("ensemble", ensemble)]:
         if metrics is None:
             continue
-        row: dict[str, Any] = {"seed": seed, "cases": metrics.n}
+        row: dict[str, Any] = {"seed": seed, "trainings": of[str(seed)], "cases": metrics.n}
         for name in METRICS:
             found: Estimate = getattr(metrics, name)
             row |= {name: UNDEFINED if found.value is None else found.value}

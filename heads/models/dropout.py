@@ -17,7 +17,7 @@ class Dropout(nn.Module):
 
     On a CPU torch draws one number of 64 bits for every element, which took longer here than the
     attention behind it. Sixteen bits an element are enough: p is rounded to a multiple of 2⁻¹⁶,
-    and what is kept is divided by exactly the rounded 1 − p. NumPy draws them in half the time,
+    and what is kept is divided by the rounded 1 − p. NumPy draws them in half the time,
     from a seed that torch draws.
 
     Source: Srivastava et al. 2014.

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from featstore.bags import BagBatch
+from featstore.errors import ConfigError
 from heads.models.config import DualStreamConfig
 from heads.models.dropout import Dropout
 from heads.models.head import Classifier, Head, register_head
@@ -41,21 +42,29 @@ class DualStream(Head):
 
     def __init__(self, dim: int, classes: int, config: DualStreamConfig) -> None:
         super().__init__(dim)
+        if config.temperature_start < config.temperature_end:
+            raise ConfigError(
+                f"head.temperature_start is {config.temperature_start:g}, below temperature_end, "
+                f"{config.temperature_end:g}",
+                expected="a selection that gets sharper: a start at the end or above it",
+                where="head.temperature_start, head.temperature_end",
+                fix=f"--temperature-start {10 * config.temperature_end:g}",
+            )
         self.config = config
         width, inner = (config.hidden_dim if config.use_hidden_layer else dim), config.attention_dim
         self.kind = config.attention_type
         self.hidden = nn.Linear(dim, width) if config.use_hidden_layer else None
         self.dropout = Dropout(config.dropout)
         self.score = nn.Sequential(
-            nn.Linear(width, inner), nn.ReLU(), Dropout(config.dropout), nn.Linear(inner, 1)
+            nn.Linear(width, inner), nn.ReLU(), Dropout(config.dropout), Classifier(inner, 1)
         )
         if self.kind in ("gated", "dsmil"):
             self.query, self.key = nn.Linear(width, inner), nn.Linear(width, inner)
         if self.kind == "gated":
-            self.gate = nn.Linear(inner, 1)
+            self.gate: nn.Linear = Classifier(inner, 1)
         if self.kind == "abmil":
             self.value, self.gate = nn.Linear(width, inner), nn.Linear(width, inner)
-            self.weight = nn.Linear(inner, 1)
+            self.weight = Classifier(inner, 1)
         self.fusion = _FUSIONS[config.fusion_method](width)
         self.classifier = Classifier(2 * width if config.fusion_method == "concat" else width, classes)
 
@@ -76,7 +85,7 @@ class DualStream(Head):
             instances = self.dropout(self.standardize(batch.features))
         else:
             instances = project(batch.features, self.standardize, self.hidden, self.dropout)
-        scores = wide(self.score(instances).squeeze(-1))
+        scores = self.score(instances).squeeze(-1)
         selection = segment_softmax(scores / temperature, offsets)
         critical = weighted_sum(selection, instances, offsets)
         logits = self._attention_logits(instances, critical, offsets)
@@ -104,16 +113,16 @@ class DualStream(Head):
         if self.kind == "abmil":
             hidden = torch.tanh(self.value(instances)) * torch.sigmoid(self.gate(instances))
             logits: torch.Tensor = self.weight(hidden).squeeze(-1)
-            return wide(logits)
+            return logits
         case = segment_index(offsets, len(instances))
         if self.kind == "cosine":
             return nn.functional.cosine_similarity(wide(instances), wide(critical)[case], dim=-1)
-        keys = self.key(instances)
-        product: torch.Tensor = (keys * self.query(critical)[case]).sum(-1)
-        product = wide(product) / math.sqrt(keys.shape[-1])
+        keys = wide(self.key(instances))
+        product: torch.Tensor = (keys * wide(self.query(critical))[case]).sum(-1)
+        product = product / math.sqrt(keys.shape[-1])
         if self.kind == "dsmil":
             return product
-        return product * torch.sigmoid(wide(self.gate(keys).squeeze(-1)))
+        return product * torch.sigmoid(self.gate(keys).squeeze(-1))
 
 
 class _Concat(nn.Module):

@@ -185,7 +185,7 @@ def build_head(config: HeadConfig, dim: int, classes: int, seed: int = 0) -> Hea
         raise ConfigError(
             f"head.options is set, but {config.name!r} has its settings in `head`",
             where="head.options",
-            fix=f"write head.{next(iter(config.options))} in its place",
+            fix=_instead(next(iter(config.options)), "head.", list(kind.model_fields)),
         )
     try:
         own = kind(**{**settings, **config.options})
@@ -195,11 +195,19 @@ def build_head(config: HeadConfig, dim: int, classes: int, seed: int = 0) -> Hea
             f"head.options does not suit the head {config.name!r}: {problem['msg']}",
             expected=f"settings out of {', '.join(kind.model_fields)}",
             where=f"head.options.{'.'.join(map(str, problem['loc']))}",
-            fix="mend this setting",
+            fix=_instead(str(problem["loc"][-1]), "", list(kind.model_fields)),
         ) from error
     with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
         torch.manual_seed(seed)
         return build(dim, classes, own)
+
+
+def _instead(given: str, prefix: str, fields: list[str]) -> str:
+    """What to do about a setting of this name."""
+    if given in fields:
+        return f"write {prefix}{given} in its place" if prefix else "mend this setting"
+    nearest = nearest_name(given, fields)
+    return f"write {prefix}{nearest}" if nearest else "leave it out"
 
 
 def _know_our_own() -> None:

@@ -31,6 +31,9 @@ class Linear(Head):
     Σ CE + λ (ρ ‖W‖₁ + (1 − ρ)/2 ‖W‖₂²) over the training cases, with ρ = ``l1_ratio`` and the training's
     class weights and label smoothing; b is free. The epochs are a path of penalties from λ_max, the least
     at which W is 0, down to ``path_end`` · λ_max, evenly in log λ; each starts from the one before.
+    SAGA ends where a pass changes no weight by more than 10⁻⁴ of the largest, or after 1,000 passes: with
+    far more features than cases it is then near the minimum, not at it, the more so the weaker the penalty
+    (1,024 features: probabilities within 0.02 on a path of 30 epochs, up to 0.2 where a few epochs leap).
     Validation thus chooses λ as it chooses the epoch of other heads, and early stopping ends the path.
     With two classes the penalty is on the difference of the two rows of W, which are ± half of it.
 

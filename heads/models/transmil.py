@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from featstore.bags import BagBatch
@@ -292,6 +293,7 @@ class _Iterations(torch.autograd.Function):
         return block
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         (of_block,) = gradients
         twice = torch.zeros(0)  # of W's gradient: M + Mᵀ takes one pass less than its half

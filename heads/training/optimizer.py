@@ -91,7 +91,18 @@ def decay_factors(gradient: torch.Tensor, alpha: float) -> torch.Tensor:
 def make_scheduler(
     optimizer: torch.optim.Optimizer, config: TrainConfig
 ) -> torch.optim.lr_scheduler.LRScheduler | torch.optim.lr_scheduler.ReduceLROnPlateau | None:
-    """What changes the learning rate after every epoch, or None."""
+    """What changes the learning rate after every epoch, or None.
+
+    Raises:
+        ConfigError: The lowest rate is above the first.
+    """
+    if config.scheduler != "none" and config.min_lr > (lr := learning_rate(config)):
+        raise ConfigError(
+            f"train.min_lr is {config.min_lr:g}, above train.lr, {lr:g}",
+            expected="a lowest rate that is not above the first",
+            where="train.min_lr, train.lr",
+            fix="lower min_lr, or --scheduler none",
+        )
     kinds = torch.optim.lr_scheduler
     if config.scheduler == "plateau":
         return kinds.ReduceLROnPlateau(
@@ -101,8 +112,7 @@ def make_scheduler(
             min_lr=config.min_lr,
         )
     if config.scheduler == "cosine":
-        least = min(config.min_lr, learning_rate(config))
-        return kinds.CosineAnnealingLR(optimizer, config.epochs, eta_min=least)
+        return kinds.CosineAnnealingLR(optimizer, config.epochs, eta_min=config.min_lr)
     return None
 
 

@@ -1,7 +1,8 @@
-"""Flipped bits in checkpoints; `test_runs.py` has the other ways in which they can be wrong."""
+"""Flipped bits in checkpoints, and kills between two writes; `test_runs.py` has what else can be wrong."""
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from heads.config import Config, HeadConfig, HierarchicalConfig, TrainConfig
-from heads.evaluation.checkpoints import identity_of, load_best, load_state, save_state
+from heads.evaluation.checkpoints import identity_of, load_best, load_best_of, load_state, save_state
 from heads.evaluation.runs import RunError, RunFolder, create_run
 from heads.models.head import build_head
 from heads.training.loop import Progress
@@ -27,9 +28,9 @@ def run(tmp_path: Path) -> RunFolder:
     return run
 
 
-def state_of(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+def state_of(weights: dict[str, torch.Tensor], epoch: int = 0) -> dict[str, Any]:
     rest: dict[str, Any] = {"ema": None, "scheduler": None, "class_weights": None}
-    rest |= {"optimizer": {}, "scaler": {}, "progress": vars(Progress())}
+    rest |= {"optimizer": {}, "scaler": {}, "progress": vars(Progress(epoch=epoch))}
     return {"head": weights, "best": weights, **rest}
 
 
@@ -96,3 +97,54 @@ def test_equal_states_have_equal_bytes(run: RunFolder) -> None:
     for _ in range(5):
         save_state(run, state_of(weights), identity_of(CONFIG, ABOUT))
         assert run.best.read_bytes() == before
+
+
+class Killed(BaseException):
+    """Nobody catches it."""
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_a_kill_while_saving_never_gives_an_epoch_the_weights_of_another(
+    run: RunFolder, moved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After so many files are moved into place: neither, one, both."""
+    weights = [build_head(CONFIG.head, 5, 2, seed=seed).state_dict() for seed in (3, 4)]
+    left, replace = [True] * moved, os.replace
+
+    def killed(*paths: Path) -> None:
+        if not left:
+            raise Killed
+        left.pop()
+        replace(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        try:
+            save_state(run, state_of(weights[1], epoch=1), identity_of(CONFIG, ABOUT))
+        except Killed:
+            assert moved < 2
+    state, told = load_state(run.last, identity_of(CONFIG, ABOUT)), list[str]()
+    # The state moves last: what it says is done has been written.
+    assert state["progress"]["epoch"] == (moved == 2)
+    found = load_best_of(run, CONFIG, ABOUT, state, told.append).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in weights[moved == 2].items())
+    assert len(told) == (moved == 1)
+    assert all(run.best.name in text and f"--resume {run.path}" in text for text in told)
+
+
+def test_the_last_states_best_weights_are_used_where_an_older_file_lies_beside_it(run: RunFolder) -> None:
+    """As the runs of earlier versions can be: the state was written first."""
+    older, told = run.best.read_bytes(), list[str]()
+    weights = build_head(CONFIG.head, 5, 2, seed=4).state_dict()
+    save_state(run, state_of(weights, epoch=1), identity_of(CONFIG, ABOUT))
+    run.best.write_bytes(older)
+    state = load_state(run.last, identity_of(CONFIG, ABOUT))
+    found = load_best_of(run, CONFIG, ABOUT, state, told.append).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in weights.items())
+    assert len(told) == 1
+
+
+def test_a_file_of_best_weights_beside_a_state_that_knows_of_none(run: RunFolder) -> None:
+    state = {**load_state(run.last, identity_of(CONFIG, ABOUT)), "best": {}}
+    with pytest.raises(RunError, match=r"last\.pth knows of no best epoch"):
+        load_best_of(run, CONFIG, ABOUT, state, pytest.fail)

@@ -377,3 +377,10 @@ def test_a_whole_lab_folder_is_imported_trained_on_and_compared(cohort: Path, tm
     (made["lab"] / "predictions.csv").unlink()
     assert "test: 4 cases" in succeeded(tmp_path, "evaluate", made["lab"]).stdout
     assert (made["lab"] / "predictions.csv").read_bytes() == before
+
+
+def test_the_calibration_of_an_imported_checkpoint_is_said_once(project: Path) -> None:
+    flags = ("--load-splits", "split.npz", "--calibration", "temperature", "--threshold", "validation")
+    said = succeeded(project, "import", "lab.pth", *flags).stdout.splitlines()
+    for part in ("test: 4 cases", "temperature ", "threshold "):
+        assert len([line for line in said if line.strip().startswith(part)]) == 1, part

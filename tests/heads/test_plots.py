@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
-from heads.evaluation import plots
+from heads.evaluation import case_plots, plots
 from tests import helpers
 
 PICTURES = {
@@ -206,7 +206,7 @@ def test_of_many_epochs_only_those_between_gaps_are_marked() -> None:
 
 def test_cells_of_the_confusion_matrix() -> None:
     matrix = np.array([[3, 1, 0], [0, 0, 0], [1, 1, 6]])
-    axes = plots._confusion_figure(matrix, ["a", "b", "c"]).axes[0]
+    axes = case_plots._confusion_figure(matrix, ["a", "b", "c"]).axes[0]
     cells = {text.get_position(): text for text in axes.texts}
     want = [["3\n75 %", "1\n25 %", "0\n0 %"], ["0\n–"] * 3, ["1\n12 %", "1\n12 %", "6\n75 %"]]
     assert [[cells[(c, r)].get_text() for c in range(3)] for r in range(3)] == want
@@ -222,7 +222,7 @@ def test_cells_of_the_confusion_matrix() -> None:
 def test_deviation_is_one_minus_p_of_the_true_class() -> None:
     true = np.array([1, 0, 2, 0, 1])
     p = np.array([[0.5, 0.3, 0.2], [0.4, 0.35, 0.25], [0, 0, 1], [0.9, 0, 0.1], [0.45, 0.5, 0.05]])
-    figure = plots._deviation_figure(list("abcde"), true, p, ["x", "y", "z"])
+    figure = case_plots._deviation_figure(list("abcde"), true, p, ["x", "y", "z"])
     (axes,) = figure.axes
     x, y, z, wrong = axes.lines
     np.testing.assert_allclose(np.sort(np.asarray(x.get_ydata())), [0.1, 0.6])
@@ -239,6 +239,39 @@ def test_deviation_is_one_minus_p_of_the_true_class() -> None:
     assert texts == ["x: 0 of 2 wrong", "y: 1 of 2 wrong", "z: 0 of 1 wrong", "wrong"]
 
 
+@pytest.mark.parametrize(
+    ("threshold", "wrong", "limits"),
+    [(None, ["c"], [0.5]), (0.3, ["b"], [0.3, 0.7]), (0.6, ["c", "d"], [0.6, 0.4])],
+)
+def test_a_case_is_wrong_by_the_threshold_and_the_lines_show_it(
+    threshold: float | None, wrong: list[str], limits: list[float]
+) -> None:
+    """Class y is called from the threshold on, itself included."""
+    of_y = np.array([0.1, 0.3, 0.35, 0.55, 0.9])
+    true, p = np.array([0, 0, 1, 1, 1]), np.stack([1 - of_y, of_y], axis=1)
+    figure = case_plots._deviation_figure(list("abcde"), true, p, ["x", "y"], threshold)
+    (axes,) = figure.axes
+    ticks = dict(zip(axes.get_xticks(), [t.get_text() for t in axes.get_xticklabels()], strict=True))
+    x, y, crosses, *lines = axes.lines
+    assert sorted(ticks[place] for place in np.asarray(crosses.get_xdata())) == wrong
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    counts = [sum(case in wrong for case in cases) for cases in ("ab", "cde")]
+    assert texts == [f"x: {counts[0]} of 2 wrong", f"y: {counts[1]} of 3 wrong", "wrong"]
+    assert [np.asarray(line.get_ydata()).tolist() for line in lines] == [
+        pytest.approx([limit] * 2) for limit in limits
+    ]
+    if threshold is not None:  # each class has its own line, over its own cases
+        for cases, line in zip((x, y), lines, strict=True):
+            low, high = np.asarray(line.get_xdata())
+            inside = [low < place < high for place in ticks]
+            assert inside == [place in np.asarray(cases.get_xdata()) for place in ticks]
+
+
+def test_a_threshold_where_one_class_has_no_case() -> None:
+    figure = case_plots._deviation_figure(["a"], np.array([1]), np.array([[0.4, 0.6]]), ["x", "y"], 0.7)
+    assert np.asarray(figure.axes[0].lines[-1].get_ydata()).tolist() == pytest.approx([0.3, 0.3])
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("cases", [1, 2, 40, 41, 200])
 def test_few_and_many_cases(tmp_path: Path, cases: int, classes: int) -> None:
@@ -246,9 +279,9 @@ def test_few_and_many_cases(tmp_path: Path, cases: int, classes: int) -> None:
     p = rng.dirichlet(np.ones(classes), cases)
     true, ids = rng.integers(0, classes, cases), [f"case {i}" for i in range(cases)]
     names = [f"class {c}" for c in range(classes)]
-    plots.plot_deviation(ids, true, p, names, tmp_path / "a.png")
+    case_plots.plot_deviation(ids, true, p, names, tmp_path / "a.png")
     assert_picture(tmp_path / "a.png")
-    (axes,) = plots._deviation_figure(ids, true, p, names).axes
+    (axes,) = case_plots._deviation_figure(ids, true, p, names).axes
     half = [line for line in axes.lines if np.asarray(line.get_ydata()).tolist() == [0.5, 0.5]]
     assert len(half) == (classes == 2)
     shown = {label.get_text() for label in axes.get_xticklabels()}
@@ -257,11 +290,12 @@ def test_few_and_many_cases(tmp_path: Path, cases: int, classes: int) -> None:
 
 def test_hostile_names_are_drawn_as_they_are(tmp_path: Path) -> None:
     n = len(HOSTILE)
-    plots.plot_confusion(np.eye(n, dtype=np.int64), HOSTILE, tmp_path / "confusion.png")
-    plots.plot_deviation(HOSTILE, np.arange(n), np.full((n, n), 1 / n), HOSTILE, tmp_path / "deviation.png")
+    case_plots.plot_confusion(np.eye(n, dtype=np.int64), HOSTILE, tmp_path / "confusion.png")
+    even = np.full((n, n), 1 / n)
+    case_plots.plot_deviation(HOSTILE, np.arange(n), even, HOSTILE, tmp_path / "deviation.png")
     for name in ("confusion.png", "deviation.png"):
         assert_picture(tmp_path / name)
-    figure = plots._deviation_figure(HOSTILE, np.arange(n), np.eye(n), HOSTILE)
+    figure = case_plots._deviation_figure(HOSTILE, np.arange(n), np.eye(n), HOSTILE)
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts[:3] == [
         "$\\frac{$: 0 of 1 wrong", "\\x1b[31mred\\n\\x09tab: 0 of 1 wrong", "_hidden: 0 of 1 wrong",
@@ -281,11 +315,11 @@ def test_long_names_keep_both_ends() -> None:
 def test_arrays_that_do_not_belong_together(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     with pytest.raises(ValueError, match=r"\(2, 3\), 2 class names"):
-        plots.plot_confusion(np.ones((2, 3), np.int64), ["a", "b"], path)
+        case_plots.plot_confusion(np.ones((2, 3), np.int64), ["a", "b"], path)
     with pytest.raises(ValueError, match=r"1 case ids, labels \(2,\)"):
-        plots.plot_deviation(["1"], np.array([0, 1]), np.eye(2), ["a", "b"], path)
+        case_plots.plot_deviation(["1"], np.array([0, 1]), np.eye(2), ["a", "b"], path)
     with pytest.raises(ValueError, match="0 case ids"):
-        plots.plot_deviation([], np.zeros(0, np.int64), np.zeros((0, 2)), ["a", "b"], path)
+        case_plots.plot_deviation([], np.zeros(0, np.int64), np.zeros((0, 2)), ["a", "b"], path)
     assert not path.exists()
 
 
@@ -293,7 +327,7 @@ def test_threads_draw_the_same_picture_and_leave_no_filter(tmp_path: Path) -> No
     before = list(warnings.filters)
 
     def draw(i: int) -> None:
-        plots.plot_confusion(np.array([[1, 2], [3, 4]]), ["a", "漢"], tmp_path / f"{i}.png")
+        case_plots.plot_confusion(np.array([[1, 2], [3, 4]]), ["a", "漢"], tmp_path / f"{i}.png")
 
     threads = [threading.Thread(target=draw, args=(i,)) for i in range(4)]
     for thread in threads:
@@ -308,10 +342,10 @@ def test_pyplot_is_never_loaded(tmp_path: Path) -> None:
     script = (
         "import sys, numpy as np, pandas as pd\n"
         "from pathlib import Path\n"
-        "from heads.evaluation import plots\n"
+        "from heads.evaluation import case_plots, plots\n"
         "folder = Path(sys.argv[1])\n"
         "plots.plot_history(pd.DataFrame({'epoch': [1], 'lr': [0.1]}), folder)\n"
-        "plots.plot_confusion(np.eye(2, dtype=int), ['a', 'b'], folder / 'c.png')\n"
+        "case_plots.plot_confusion(np.eye(2, dtype=int), ['a', 'b'], folder / 'c.png')\n"
         "print('matplotlib.pyplot' in sys.modules)"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]

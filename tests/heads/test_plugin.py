@@ -92,6 +92,10 @@ def test_a_plugin_brings_a_head_and_a_loss(bags: CaseBags, tmp_path: Path) -> No
         build_head(HeadConfig(name="my_mean", options={"widht": 3}), DIM, 2)
     assert "width" in str(error.value)
     assert "head.options.widht" in error.value.where
+    assert error.value.fix == "write width"
+    with pytest.raises(ConfigError, match=r"head.options is set, but 'abmil'") as error:
+        build_head(HeadConfig(name="abmil", options={"embed_dims": 3}), DIM, 2)
+    assert error.value.fix == "write head.embed_dim"
     with pytest.raises(ConfigError, match="has no attention"):
         make_training(bags, make_config("my_mean", reg_weight_entropy=0.1))
 

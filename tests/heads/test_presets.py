@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 import heads.evaluation.results
+from featstore.errors import ConfigError
 from featstore.settings import Layers
 from featstore.strict_yaml import read_file
 from heads.config import Config, HeadConfig, TrainConfig, resolved
 from tests import helpers
 from tests.command_line import succeeded, write_config
-from tests.heads.planted import CASES, LABELS, make_store
+from tests.heads.planted import CASES, LABELS, make_bags, make_config, make_store, make_training
 
 PRESETS = helpers.ROOT / "configs"
 # Defaults of the documents that the heads were first described in, and the lab's present setting.
@@ -162,3 +163,23 @@ def test_a_preset_trains_as_it_is(project: Path, name: str, monkeypatch: pytest.
     assert results["train"]["epochs"] == 2
     assert np.isfinite(results["test"]["prediction_probs"]).all()
     assert set(results["test"]["case_ids"]) < set(CASES)
+
+
+@pytest.mark.parametrize(
+    ("head", "train", "where"),
+    [
+        (
+            {"name": "dual_stream", "temperature_start": 0.5, "temperature_end": 2.0},
+            {},
+            "temperature_start",
+        ),
+        ({"name": "mean"}, {"scheduler": "cosine", "min_lr": 1.0}, "train.min_lr"),
+        ({"name": "mean"}, {"lr": 1e-8}, "train.min_lr"),
+    ],
+)
+def test_a_schedule_that_goes_the_wrong_way_is_refused(
+    head: dict[str, Any], train: dict[str, Any], where: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        make_training(make_bags(tmp_path / "store"), make_config(head["name"], head, **train))
+    assert where in error.value.where

@@ -7,17 +7,22 @@ import multiprocessing
 import pickle
 import random
 import warnings
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
+from featstore.cohort.tables import write_csv
 from featstore.errors import FeatstoreError
+from featstore.files import replacing
 from heads.config import Config, HeadConfig, RunsConfig, SubCases, TrainConfig, resolved
 from heads.evaluation.checkpoints import identity_of, load_best, load_state, load_weights, save_state
+from heads.evaluation.plots import save
 from heads.evaluation.runs import (
     RunError,
     RunFolder,
@@ -27,6 +32,7 @@ from heads.evaluation.runs import (
     read_config,
     write_config,
     write_json,
+    write_text,
 )
 from heads.models.head import build_head
 from heads.training.loop import Progress
@@ -314,3 +320,61 @@ def test_weights_that_do_not_say_whose_they_are(run: RunFolder, header: dict[str
         load_best(run, SMALL, ABOUT)
     refuses(error, run.best)
     assert not [name for name in listed(run.path) if ".part" in name]
+
+
+def _fails(rows: int) -> Iterator[tuple[str]]:
+    yield from [("row",)] * rows
+    raise OSError(28, "No space left on device")
+
+
+def _half_a_picture(path: Path) -> None:
+    figure = Figure()
+    whole = figure.savefig
+
+    def half(file: Path, **how: Any) -> None:
+        whole(file, **how)
+        raise OSError(28, "No space left on device")
+
+    figure.savefig = half  # type: ignore[method-assign]
+    save(figure, path)
+
+
+def _full_disk(path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "write_bytes", lambda path, data: _written_half(path, data))
+        write_text(path, "new text")
+
+
+def _written_half(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data[: len(data) // 2])
+    raise OSError(28, "No space left on device")
+
+
+def _long_table(path: Path) -> None:
+    write_csv(path, ["a"], _fails(9))
+
+
+@pytest.mark.parametrize("write", [_long_table, _half_a_picture, _full_disk])
+@pytest.mark.parametrize("before", [b"whole", None])
+def test_a_file_that_is_not_written_to_the_end_leaves_the_old_one(
+    tmp_path: Path, write: Callable[[Path], None], before: bytes | None
+) -> None:
+    path = tmp_path / "file"
+    if before is not None:
+        path.write_bytes(before)
+    with pytest.raises(OSError, match="No space"):
+        write(path)
+    left = {each.name: each.read_bytes() for each in tmp_path.iterdir()}
+    assert left == ({"file": before} if before else {})
+
+
+def test_a_link_stays_a_link_and_a_device_a_device(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    link, target = tmp_path / "link", tmp_path / "elsewhere" / "file"
+    link.symlink_to(target)
+    write_text(link, "text")
+    assert (link.readlink(), target.read_text()) == (target, "text")
+    with replacing(Path("/dev/null")) as aside:
+        assert aside == Path("/dev/null")
+    assert Path("/dev/null").is_char_device()

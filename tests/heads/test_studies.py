@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -319,9 +320,7 @@ def test_a_comparison_is_a_paired_bootstrap_of_the_shared_cases() -> None:
 def test_what_cannot_be_compared_is_refused() -> None:
     cases, labels = ["1", "2", "3"], [0, 1, 0]
     a = contender(cases, labels, 1, 0)
-    with pytest.raises(
-        RunError, match="1 cases have different true labels, such as 2: malignant and benign"
-    ):
+    with pytest.raises(RunError, match="1 case has different true labels, such as 2: malignant and benign"):
         compare(a, contender(cases, [0, 0, 0], 1, 1), 10)
     with pytest.raises(RunError, match="no test case in common"):
         compare(a, contender(["7", "8", "9"], labels, 1, 1), 10)
@@ -330,9 +329,16 @@ def test_what_cannot_be_compared_is_refused() -> None:
         compare(a, other, 10)
 
 
+def without(study: Study, *trainings: tuple[int, int]) -> Path:
+    """The study's folder, these folds and seeds no longer in it."""
+    for fold, seed in trainings:
+        shutil.rmtree(study.folder.training(fold, seed).path)
+    return study.folder.path
+
+
 def test_a_study_enters_by_its_complete_seeds(tmp_path: Path) -> None:
     study = make_study(tmp_path)
-    clear_training(study.folder, 2, 8)
+    without(study, (2, 8))
     whole = read_contender(tmp_path, study.folder.path)
     assert (len(whole.seeds), whole.left_out) == (2, (8,))
     (ensemble,) = read_contender(tmp_path, study.folder.path, ensemble=True).seeds
@@ -340,3 +346,89 @@ def test_a_study_enters_by_its_complete_seeds(tmp_path: Path) -> None:
     mean = long[long["seed"] != 8].groupby("case")["p1"].mean()
     assert ensemble.probabilities[:, 1] == pytest.approx(mean.loc[list(ensemble.case_ids)].to_numpy())
     assert StudyFolder(study.folder.path).status(2, 8) == "missing"
+    assert "without seed 8, which lacks a fold" in compare(whole, whole, 0).to_text()
+    one = read_contender(tmp_path, without(study, (0, 9)))
+    assert (len(one.seeds), one.left_out) == (1, (8, 9))
+    said = compare(one, one, 0).to_text()
+    assert "without seeds 8, 9, which lack a fold" in said
+    assert "mean of the metrics of 1 seed\n" in said
+
+
+@pytest.mark.parametrize("ensemble", [False, True])
+@pytest.mark.parametrize(
+    "gone",
+    [
+        [(0, 7), (1, 8), (2, 9)],  # as many cases in every seed, and different ones
+        [(2, 7), (2, 8), (2, 9)],  # the same cases, a fold of none
+        [(0, 7), (2, 8), (1, 9), (2, 9)],
+    ],
+)
+def test_without_a_complete_seed_the_missing_trainings_are_named(
+    tmp_path: Path, gone: list[tuple[int, int]], ensemble: bool
+) -> None:
+    path = without(make_study(tmp_path), *gone)
+    with pytest.raises(RunError, match="no seed of the study has every fold finished") as caught:
+        read_contender(tmp_path, path, ensemble)
+    for fold, seed in gone:
+        assert f"fold {fold} seed {seed}" in str(caught.value)
+    assert f"train-head --resume {path}" in str(caught.value)
+
+
+def test_seeds_of_different_test_cases_of_one_fold_are_refused(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    other = predictions(1, 8, 2)
+    write_training(study, 1, 8, other | {"case_ids": ["1", *other["case_ids"][1:]]})
+    with pytest.raises(RunError, match="fold 1: seeds 7 and 8 have different test cases, such as 1"):
+        write_report(study, 0)
+
+
+def test_a_report_on_a_study_with_gaps_says_what_its_numbers_are_of(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    assert "ensemble of the seeds" in write_report(study, 0).to_text()
+    without(study, (0, 7))
+    report = write_report(study, 0)
+    said = report.to_text()
+    assert "2 of 3 folds of seed 7, 12 cases" in said
+    assert "folds of seed 8 pooled, 18 cases" in said
+    assert "mean ± sd of 2 seeds" in said
+    assert "seed 7 lacks a fold, and is in no mean over seeds" in said
+    assert "ensemble of 2 to 3 seeds, 18 cases" in said
+    numbers = report.numbers()
+    assert numbers["whole_seeds"] == [8, 9]
+    values = [report.pooled[seed].accuracy.value for seed in (8, 9)]
+    assert numbers["pooled_over_seeds"]["accuracy"]["mean"] == pytest.approx(np.mean(values))
+    pooled = read(study, "pooled").set_index("seed")["trainings"]
+    assert pooled.to_dict() == {"7": 2, "8": 3, "9": 3, "ensemble": 8}
+    without(study, (1, 8), (2, 9))
+    said = write_report(study, 0).to_text()
+    assert "seeds 7, 8, 9 lack a fold, and are in no mean over seeds" in said
+    assert "mean ± sd of 3 seeds" not in said
+    assert "ensemble of 2 seeds, 18 cases" in said
+
+
+def test_the_tables_of_trainings_that_are_gone_are_removed(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    for seed in SEEDS:
+        path = study.folder.training(0, seed).path / "attention_analysis" / "patch_attention.csv"
+        path.parent.mkdir()
+        path.write_text("case_id,stain,slice_id,patch,effective_attention\n1,h,m,0,0.5\n1,h,m,1,0.5\n")
+    write_report(study, 0)
+    ensemble, agreed = (study.folder.path / f"{n}.csv" for n in ("ensemble", "attention_agreement"))
+    assert (ensemble.is_file(), agreed.is_file()) == (True, True)
+    without(study, (0, 8), (0, 9))
+    write_report(study, 0)
+    assert (ensemble.is_file(), agreed.is_file()) == (True, False)
+    without(study, *(each for each in study.trainings if each not in ((0, 8), (0, 9))))
+    write_report(study, 0)
+    assert not ensemble.exists()
+
+
+def test_one_is_no_plural(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    about = {**study.about, "folds": [0], "seeds": [7]}
+    one = Study(study.folder, study.config, about)
+    assert "1 split × 1 seed: 1 of 1 trainings finished" in write_report(one, 0).to_text()
+    record_failure(study.folder, 0, 7, ValueError("x"))
+    assert "  1 training failed:" in write_report(one, 0).to_text()
+    without(study, (0, 7))
+    assert "  1 training is still to do" in write_report(one, 0).to_text()

@@ -1,0 +1,29 @@
+"""Writing files so that readers find the old one or the new one whole, whenever the writer is killed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file, which is moved into place when the block ends without an error.
+
+    Args:
+        path: The file; an existing one stays as it is until then. What is no file, such as
+            ``/dev/stdout``, is written to directly.
+    """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    target = path.resolve()  # a link stays one
+    # One name for all attempts: what a killed process left behind is written over by the next.
+    aside = target.with_name(f".{target.name}.part")
+    try:
+        yield aside
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
