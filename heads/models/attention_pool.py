@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from heads.models.dropout import Dropout
 from heads.models.outputs import Attention
-from heads.models.pooling import segment_runs, segment_softmax, segment_sum, weighted_sum, wide
+from heads.models.pooling import FEW, segment_runs, segment_softmax, segment_sum, weighted_sum, wide
 
 PoolKind = Literal["tanh", "gated"]
 
@@ -49,7 +49,7 @@ class AttentionPool(nn.Module):
         Returns:
             (G, E) pooled embeddings, and the attention.
         """
-        if members.device.type == "cpu":
+        if members.device.type == "cpu" and len(members) > FEW:
             return self.fused(members, offsets)
         return self.by_operation(members, offsets)
 

@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 
 # Rows at once: few enough for a core's cache and to be of few segments, enough for fast products.
 _RUN = 1024
+# Up to so many members plain operations are done before the machinery for many has begun.
+FEW = 256
 
 
 def segment_index(offsets: torch.Tensor, members: int) -> torch.Tensor:
@@ -135,7 +137,8 @@ def weighted_sum(weights: torch.Tensor, values: torch.Tensor, offsets: torch.Ten
     Returns:
         (G, E) or (G, K, E).
     """
-    if values.device.type != "cpu":  # where the number of segments in a block would have to be waited for
+    # On a GPU the number of segments in a run would have to be waited for.
+    if values.device.type != "cpu" or len(values) <= FEW:
         rows = wide(values) if weights.ndim == 1 else wide(values)[:, None]
         return segment_sum(weights[..., None] * rows, offsets)
     weights = weights.double() if values.dtype == torch.float64 else wide(weights)
