@@ -94,9 +94,10 @@ def make_scheduler(
     """What changes the learning rate after every epoch, or None.
 
     Raises:
-        ConfigError: The lowest rate is above the first.
+        ConfigError: The lowest rate is given, and above the first.
     """
-    if config.scheduler != "none" and config.min_lr > (lr := learning_rate(config)):
+    lr = learning_rate(config)
+    if config.scheduler != "none" and config.min_lr > lr and "min_lr" in config.model_fields_set:
         raise ConfigError(
             f"train.min_lr is {config.min_lr:g}, above train.lr, {lr:g}",
             expected="a lowest rate that is not above the first",
@@ -112,7 +113,7 @@ def make_scheduler(
             min_lr=config.min_lr,
         )
     if config.scheduler == "cosine":
-        return kinds.CosineAnnealingLR(optimizer, config.epochs, eta_min=config.min_lr)
+        return kinds.CosineAnnealingLR(optimizer, config.epochs, eta_min=min(config.min_lr, lr))
     return None
 
 

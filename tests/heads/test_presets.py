@@ -174,7 +174,7 @@ def test_a_preset_trains_as_it_is(project: Path, name: str, monkeypatch: pytest.
             "temperature_start",
         ),
         ({"name": "mean"}, {"scheduler": "cosine", "min_lr": 1.0}, "train.min_lr"),
-        ({"name": "mean"}, {"lr": 1e-8}, "train.min_lr"),
+        ({"name": "mean"}, {"lr": 1e-8, "min_lr": 1e-7}, "train.min_lr"),
     ],
 )
 def test_a_schedule_that_goes_the_wrong_way_is_refused(

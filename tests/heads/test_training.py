@@ -194,7 +194,7 @@ def test_a_resumed_training_equals_one_that_was_not_interrupted(
         {"dropout": 0.2},
         epochs=6,
         batch_size=4,
-        lr=0.5,
+        lr=1.0,
         ema_decay=ema,
         scheduler=scheduler,
         scheduler_patience=0,
