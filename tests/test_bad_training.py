@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import shutil
 from pathlib import Path
@@ -264,6 +265,7 @@ def test_runs_that_may_not_be_written(project: Path) -> None:
     (project / "runs").mkdir(mode=0o555)
     for folder in (project, *(parent for parent in project.parents if "pytest" in str(parent))):
         folder.chmod(folder.stat().st_mode | 0o055)
+    codecs.lookup("utf-8-sig")  # is loaded when first asked for, and Python may be closed to other users
     with as_nobody(project):
         message = refused(project, "train-head", says=("ermission denied", str(project / "runs")))
     assert "permissions" in message
