@@ -54,6 +54,13 @@ backbone:
   weights: random:0          # only because the demo must run without a download; for real work: imagenet
   resize: 64                 # small, so that the demo takes seconds; the usual side is 224
 """
+DEMO_NEXT = """\
+  featstore check                               what is in the cohort, and what looks odd
+  featstore train-head --model dual_stream      another training, another run folder
+  featstore evaluate                            the newest run again, from its checkpoints
+  featstore split --folds 5                     splits for trainings to share; then train-head --fold 0
+With your own patches:
+  featstore init PATCHES --labels labels.csv && featstore extract && featstore train-head"""
 
 
 @dataclass(frozen=True)

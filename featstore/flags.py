@@ -82,11 +82,13 @@ class Call(Generic[C]):
         print(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
     def answer(self, report: Report) -> None:
-        """Print a report; a run that a signal ended early then ends as the signal would have it."""
+        """Print a report; the exit code is its own, or the signal's that ended the work early."""
         self.show(report.to_text(), report.to_json())
         interrupted = getattr(report, "interrupted", None)
         if interrupted is not None:
             raise typer.Exit(128 + interrupted)
+        if code := getattr(report, "exit_code", 0):
+            raise typer.Exit(code)
 
     def tell(self, text: str) -> None:
         """Print a remark that is no part of the answer."""

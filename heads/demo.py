@@ -1,10 +1,18 @@
-"""The trainings of `featstore demo`, held against the patches that it has planted."""
+"""The demo: its cohort embedded, and its trainings, held against the patches that it has planted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from featstore import settings
+from featstore.demo import DEMO_NEXT, DEMO_NOTE, write_demo_project
+from featstore.extraction import ExtractionReport
+from featstore.store import Store
+from featstore.store.summary import StoreSummary, summarize
+from featstore.strict_yaml import read_file
 from heads.config import Config
 from heads.evaluation.planted import PlantedRank, planted_rank
 from heads.evaluation.results import ATTENTION
@@ -39,3 +47,69 @@ def demo_training(
     if run.interrupted is not None:
         return run, None
     return run, planted_rank(run.run.path / ATTENTION, project / _PLANTED)
+
+
+@dataclass
+class DemoReport:
+    """What the demo made.
+
+    Attributes:
+        folder: The project.
+        summary: Of its store; None if the extraction was interrupted.
+        runs: The trainings, as JSON types.
+        interrupted: The signal that ended it early; None if it was not.
+    """
+
+    folder: Path
+    summary: StoreSummary | None = None
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    interrupted: int | None = None
+
+    def to_text(self) -> str:
+        """What to do next."""
+        if self.interrupted is not None:
+            return f"interrupted; the demo so far is in {self.folder}"
+        return f"\nThe folder works like your own will:\n  cd {self.folder}\n{DEMO_NEXT}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Store and runs, as JSON types."""
+        return {"store": None if self.summary is None else self.summary.to_json(), "runs": self.runs}
+
+
+def run_demo(
+    folder: Path,
+    extract: Callable[[Config, Path], ExtractionReport],
+    tell: Callable[[str], None],
+) -> DemoReport:
+    """Make a project from real tissue and run the main job on it: extraction and two trainings.
+
+    Args:
+        folder: The project, new.
+        extract: Fills the store of a project.
+        tell: Called with what there is to say on the way.
+
+    Raises:
+        FeatstoreError: The folder cannot be made, or a step fails.
+    """
+    cohort = write_demo_project(folder)
+    tell(f"{folder}: {cohort.n_patches:,} patches of {cohort.n_cases} cases\n\n{DEMO_NOTE}\n")
+    layers = settings.Layers()
+    layers.add(Config, read_file(folder / settings.PROJECT_FILE), str(folder))
+    config, project = layers.build(Config), folder.absolute()
+    embedded = extract(config, project)
+    tell(embedded.to_text())
+    done = DemoReport(folder, interrupted=embedded.interrupted)
+    if done.interrupted is not None:
+        return done
+    done.summary = summarize(Store.open(folder / config.store.path))
+    tell(f"\n{done.summary.to_text()}")
+    for name in ("hierarchical", "dual_stream"):
+        tell(f"\nfeatstore train-head --model {name}")
+        run, rank = demo_training(config, project, name, tell)
+        tell(run.to_text())
+        if rank is None:
+            done.interrupted = run.interrupted
+            return done
+        tell(f"  {rank.to_text()}")
+        done.runs.append({**run.to_json(), "planted": rank.to_json()})
+    return done

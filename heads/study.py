@@ -6,23 +6,115 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from featstore.config import SplitConfig
 from featstore.errors import ConfigError
 from featstore.process import stop_on_signal
 from featstore.resident import CaseBags, memory_budget
 from featstore.store import Store
 from heads.cohort import check_unchanged, describe, labelled_cases, labels_of, load_bags, read_folds, sizes
 from heads.config import Config, resolved
-from heads.evaluation.results import check_threshold
+from heads.evaluation.compare import Comparison, compare, read_contender
+from heads.evaluation.results import Evaluation, check_threshold
 from heads.evaluation.runs import RunFolder, held
-from heads.evaluation.studies import Study, create_study, open_study
+from heads.evaluation.studies import Study, create_study, is_study, open_study
 from heads.evaluation.study_report import StudyReport, write_report
 from heads.evaluation.study_results import tell_not_used
 from heads.models.head import load_plugin
-from heads.project import on_this_machine, own_config, plugin_of, tell_unused
-from heads.run import prepare, settled
+from heads.project import (
+    evaluate_project,
+    on_this_machine,
+    own_config,
+    plugin_of,
+    tell_unused,
+    train_project,
+)
+from heads.run import TrainedRun, prepare, settled
 from heads.study_trainings import Outcome, process_count, train_in_processes, train_in_turn
+from heads.training.loop import Progress
 
 _SEEDS = 2**32
+
+
+def train(
+    config: Config,
+    project: Path,
+    folds: int | None = None,
+    seeds: int | None = None,
+    resume: Path | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+    observe: Callable[[Progress, int], None] = lambda progress, epochs: None,
+) -> TrainedRun | StudyReport:
+    """One training; with ``folds`` or ``seeds`` a study; with ``resume`` whichever that is.
+
+    Args:
+        config: The project's settings.
+        project: The folder that relative paths start from.
+        folds: As of `study_project`.
+        seeds: As of `study_project`.
+        resume: A run or a study to go on with.
+        tell: Called with remarks.
+        observe: Called after every epoch of a training that is none of a study's.
+
+    Raises:
+        FeatstoreError: These do not go together, or whatever `study_project` and `train_project` raise.
+    """
+    begun = resume is not None and is_study(project / config.runs.path, resume)
+    if resume is not None and (folds is not None or seeds is not None):
+        raise ConfigError(
+            "--folds or --seeds with --resume" + ("" if begun else f", and {resume} is no study"),
+            expected="a study is resumed with the folds and seeds that it was begun with"
+            if begun
+            else "one or the other",
+            where="train-head",
+            fix=f"featstore train-head --resume {resume}"
+            if begun
+            else "leave out --resume to begin a study",
+        )
+    if resume is not None and begun:
+        return resume_study(config, project, resume, tell)
+    if folds is None and seeds is None:
+        return train_project(config, project, resume, tell, observe)
+    return study_project(config, project, folds, 1 if seeds is None else seeds, tell)
+
+
+def evaluate(
+    config: Config,
+    project: Path,
+    run: Path | None,
+    part: str,
+    study: Path | None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Evaluation | StudyReport:
+    """Evaluate a run again (`evaluate_project`), or a study (`evaluate_study`).
+
+    Raises:
+        FeatstoreError: Both are named, or whatever these two raise.
+    """
+    if study is None:
+        return evaluate_project(config, project, run, part, tell)
+    if run is not None or part != "test":
+        raise ConfigError(
+            "--study with a run or a part",
+            expected="one or the other: a study is laid together from its trainings' test cases",
+            where="evaluate",
+            fix=f"featstore evaluate --study {study}",
+        )
+    return evaluate_study(config, project, study, tell)
+
+
+def compare_project(
+    config: Config, project: Path, a: Path, b: Path, ensemble: bool, tell: Callable[[str], None]
+) -> Comparison:
+    """Two runs or studies of a project, compared on the cases that both have.
+
+    Raises:
+        FeatstoreError: One is none, or they have no case in common.
+    """
+    runs = project / config.runs.path
+    first, second = (read_contender(runs, each, ensemble, config.runs, tell) for each in (a, b))
+    return compare(first, second, config.runs.resamples)
 
 
 def study_project(
@@ -51,7 +143,7 @@ def study_project(
             where="--seeds, train.seed",
             fix="--seeds 10",
         )
-    config = resolved(config)
+    config = resolved(_with_folds(config, folds))
     load_plugin(plugin_of(config, project))
     store = Store.open(project / config.store.path)
     cohort = labelled_cases(config, project, store, tell)
@@ -124,6 +216,22 @@ def evaluate_study(
     tell_not_used(config.runs, study.config.runs, study.folder.path, tell, names)
     given = "resamples" in config.runs.model_fields_set
     return write_report(study, (config if given else study.config).runs.resamples)
+
+
+def _with_folds(config: Config, folds: int | None) -> Config:
+    """The config of a study of so many folds."""
+    if folds is None:
+        return config
+    try:
+        SplitConfig(folds=folds)
+    except ValidationError as error:  # of split.folds, a name that nobody typed
+        raise ConfigError(
+            f"--folds is {folds}",
+            expected=error.errors()[0]["msg"].removeprefix("Input should be "),
+            where="--folds",
+            fix="--folds 5; or one split and many seeds: leave out --folds, --seeds 10",
+        ) from error
+    return config.model_copy(update={"split": config.split.model_copy(update={"folds": folds})})
 
 
 def _left(study: Study) -> list[tuple[int, int]]:

@@ -300,7 +300,7 @@ def test_a_flag_means_the_section_that_the_command_is_about(
         raise ConfigError("seen")
 
     got: list[Config] = []
-    monkeypatch.setattr("heads.project.train_project", seen)
+    monkeypatch.setattr("heads.study.train_project", seen)
     monkeypatch.setattr("featstore.project.extract_project", seen)
     monkeypatch.setattr("featstore.project.split_project", seen)
     refused(project, *words, says=("seen",), to_do=False)

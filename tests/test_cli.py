@@ -63,7 +63,7 @@ def test_help_lists_the_commands_imports_little_and_writes_nothing(tmp_path: Pat
 
 def test_the_file_itself_is_the_program(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, helpers.ROOT / "cli", "info"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, helpers.ROOT / "cli.py", "info"], cwd=tmp_path, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert "no featstore.yaml" in done.stderr

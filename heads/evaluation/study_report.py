@@ -76,6 +76,11 @@ class StudyReport:
         ]
 
     @property
+    def exit_code(self) -> int:
+        """1 if a training failed."""
+        return 1 if self.failed else 0
+
+    @property
     def open(self) -> int:
         """How many trainings are interrupted or missing."""
         return sum(each.status in ("interrupted", "missing") for each in self.results.trainings)

@@ -58,6 +58,16 @@ class Progress:
     waited: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
+    def to_text(self, epochs: int) -> str:
+        """The last epoch, of so many, on one line."""
+        row = self.history[-1]
+        rate = "penalty" if "penalty" in row else "lr"  # of a head that is solved, not stepped
+        return (
+            f"epoch {self.epoch:3}/{epochs}  loss {row['train_loss']:.4f}  "
+            f"val {row['val_cross_entropy']:.4f}  AUC {row['val_auc']:.3f}  {rate} {row[rate]:.2g}  "
+            f"{row['seconds']:.2f} s{'  best' if self.best_epoch == self.epoch else ''}"
+        )
+
 
 class Training:
     """Trains a head on the training cases and watches the validation cases.

@@ -265,7 +265,7 @@ def whole_cohort(options: argparse.Namespace, name: str, folder: Path) -> Row:
         (Path(project) / "featstore.yaml").write_text(config.model_dump_json(exclude_unset=True))
         started = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, str(ROOT / "cli"), "extract", "--json"],
+            [sys.executable, str(ROOT / "cli.py"), "extract", "--json"],
             cwd=project,
             capture_output=True,
             text=True,

@@ -135,7 +135,7 @@ def test_what_is_really_compiled_gives_the_same_features(name: str, compute_dtyp
 def extract(project: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own, where every warning is an error."""
     return subprocess.run(
-        [sys.executable, "-W", "error", str(helpers.ROOT / "cli"), "extract", *flags],
+        [sys.executable, "-W", "error", str(helpers.ROOT / "cli.py"), "extract", *flags],
         cwd=project,
         env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(project / "inductor"), **environment},
         capture_output=True,

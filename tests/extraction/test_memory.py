@@ -47,7 +47,7 @@ needs_openvino = pytest.mark.skipif(
 
 def peak(project: Path, *flags: str) -> int:
     """Bytes that `featstore extract` had in memory at most, in a process of its own."""
-    command = [sys.executable, "-c", LAUNCHER, sys.executable, str(helpers.ROOT / "cli"), "extract"]
+    command = [sys.executable, "-c", LAUNCHER, sys.executable, str(helpers.ROOT / "cli.py"), "extract"]
     done = subprocess.run([*command, *flags], cwd=project, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return int(done.stdout)

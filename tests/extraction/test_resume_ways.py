@@ -295,7 +295,7 @@ OPENVINO_WAYS: dict[str, list[str]] = {
 def command(project: Path, store: str, way: str, *flags: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [
-            *(sys.executable, "cli", "extract", "--project", str(project), "--json"),
+            *(sys.executable, "cli.py", "extract", "--project", str(project), "--json"),
             *("--store-path", str(project / store), "--runtime", "openvino", *OPENVINO_WAYS[way], *flags),
         ],
         cwd=helpers.ROOT,
