@@ -1,7 +1,7 @@
 """The settings of a project (`featstore.yaml`): what is allowed, and what each field means.
 
 Everything that concerns data, backbone, extraction and store is here; the
-sections of heads and training live in `heads/config.py`, and `cli` joins
+sections of heads and training live in `heads/config.py`, and `cli.py` joins
 the two. Reading and overriding files is in `featstore.settings`.
 """
 

@@ -20,8 +20,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield path
         return
     target = path.resolve()  # a link stays one
-    # One name for all attempts: what a killed process left behind is written over by the next.
-    aside = target.with_name(f".{target.name}.part")
+    # A name of the process' own: two that write one file at a time must not write into each other's.
+    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield aside
         os.replace(aside, target)

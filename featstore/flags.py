@@ -1,7 +1,7 @@
 """Commands whose flags are the settings: every field of a config, on every command.
 
 Typer does the parsing; this says which flags there are and lays the config together. It knows
-no particular config: `cli` hands over the whole one, heads and training included.
+no particular config: `cli.py` hands over the whole one, heads and training included.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def bench_train(device: str = "auto", rounds: int = 7) -> TrainBench:
     small = _steps(MadeUpCases([SMALL * STAINS * SLICES] * 8, where), where)
     small["loop"] = _by_slice(MadeUpCases([SMALL * STAINS * SLICES] * 8, where), where)
     epochs = _epochs(where)
-    timed = [_rounds(each, where, rounds) for each in (large, small, epochs)]
+    timed = [take_turns(each, where, rounds) for each in (large, small, epochs)]
     step, packed, epoch = timed
     ratio = [a / b for a, b in zip(step["step"], step["floor"], strict=True)]
     above = [
@@ -244,14 +244,16 @@ def _epochs(device: torch.device) -> dict[str, Callable[[], object]]:
         head = build_head(config.head, DIM, CLASSES)
         training = Training(head, cohort, split, config.train, ("0", "1"))
         features = [cohort.features(case).to(dtype) for case in split.train]
-        found[amp] = _epoch_of(training)
+        found[amp] = epoch_of(training)
         found[f"{amp} floor"] = _all([_floor(x) for x in features])
         if amp == choose_amp("auto", device):
             found["validation"] = _validation_of(training, split.val)
     return found
 
 
-def _epoch_of(training: Training) -> Callable[[], object]:
+def epoch_of(training: Training) -> Callable[[], object]:
+    """An epoch as `featstore train-head` runs it, without its validation."""
+
     def epoch() -> float:
         log, norms = training.learn(training.data.epoch(0), {})
         return log.summary(1)["loss"] + float(norms[-1])
@@ -272,7 +274,7 @@ def _labels(batch: BagBatch) -> torch.Tensor:
     return batch.labels
 
 
-def _rounds(
+def take_turns(
     measured: dict[str, Callable[[], object]], device: torch.device, rounds: int
 ) -> dict[str, list[float]]:
     """Seconds of each in every round, after one round that does not count."""

@@ -21,8 +21,8 @@ from featstore.cohort.splits import read_split
 from heads.evaluation.runs import RunError, RunFolder, held
 from heads.training.loop import Training
 from tests import helpers
-from tests.command_line import answer, featstore, refused, succeeded, write_config
-from tests.heads.planted import CASES, LABELS, make_store
+from tests.command_line import answer, featstore, refused, succeeded
+from tests.heads.planted import CASES, make_planted_project
 from tests.test_study_command import SETTINGS, study_of, without_pictures
 
 TRAINING_HERE = ("another process is training here", "one at a time", "does not stay")
@@ -30,11 +30,7 @@ TRAINING_HERE = ("another process is training here", "one at a time", "does not 
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("held")
-    write_config(folder, SETTINGS)
-    helpers.write_labels(folder, LABELS)
-    make_store(folder / "store")
-    return folder
+    return make_planted_project(tmp_path_factory.mktemp("held"), SETTINGS)
 
 
 @pytest.fixture

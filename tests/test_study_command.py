@@ -19,8 +19,8 @@ import pytest
 from featstore.cohort.splits import read_split
 from heads.training.loop import Training, TrainingError
 from tests import helpers
-from tests.command_line import answer, featstore, listing, refused, succeeded, write_config
-from tests.heads.planted import CASES, LABELS, SMALL, make_store
+from tests.command_line import answer, featstore, listing, refused, succeeded
+from tests.heads.planted import CASES, LABELS, SMALL, make_planted_project
 
 TABLES = ("study", "per_split", "out_of_fold", "per_case", "always_wrong", "ensemble", "pooled")
 SETTINGS: dict[str, Any] = {
@@ -46,10 +46,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with one finished study of 3 folds and 2 seeds; not to be changed."""
-    folder = tmp_path_factory.mktemp("study")
-    write_config(folder, SETTINGS)
-    helpers.write_labels(folder, LABELS)
-    make_store(folder / "store")
+    folder = make_planted_project(tmp_path_factory.mktemp("study"), SETTINGS)
     with pytest.MonkeyPatch.context() as patch:
         without_pictures(patch)
         said = succeeded(folder, "train-head", "--folds", 3, "--seeds", 2, "--analyze-attention").stdout

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featstore.cohort.tables import printable, write_csv
 from featstore.errors import escape_controls
+from featstore.files import replacing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,27 +75,19 @@ class CohortReport:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
         for name, content in (("report.json", text + "\n"), ("report.txt", self.to_text())):
-            _replace(folder / name, partial(Path.write_text, data=content, encoding="utf-8"))
+            with replacing(folder / name) as aside:
+                aside.write_text(content, encoding="utf-8")
         unparsed, sheet = folder / "unparsed.csv", folder / "contact_sheet.png"
         if self.unparsed:
             rows = ((printable(item.path), item.reason) for item in self.unparsed)
-            _replace(unparsed, lambda path: write_csv(path, ("path", "reason"), rows))
+            write_csv(unparsed, ("path", "reason"), rows)
         else:
             unparsed.unlink(missing_ok=True)
         if self.sheet is not None:
-            _replace(sheet, self.sheet.save)
+            with replacing(sheet) as aside:
+                self.sheet.save(aside, format="PNG")
         else:
             sheet.unlink(missing_ok=True)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file aside, under a name of its own (the suffix kept), and puts it in place at once."""
-    aside = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{path.suffix}")
-    try:
-        write(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _titled(title: str, lines: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from featstore.backbones import Backbone
 from featstore.errors import ConfigError, FeatstoreError
+from featstore.precision import has_fast_bf16
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _AMP = {"bf16": "bfloat16", "fp16": "float16", "off": "float32"}
@@ -67,11 +68,9 @@ def choose_compute_dtype(amp: str, device: torch.device, stored: str | None) -> 
         return _AMP[amp]
     if stored is not None:
         return stored
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return "bfloat16" if fast is not None and fast() else "float32"
+    if has_fast_bf16(device):
+        return "bfloat16"
+    return "float16" if device.type == "cuda" else "float32"
 
 
 def choose_batch_size(

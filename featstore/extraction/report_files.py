@@ -23,7 +23,7 @@ from featstore.extraction.merged_report import (
 )
 from featstore.extraction.report import FORMAT, ExtractionReport
 from featstore.extraction.shards import Shard
-from featstore.store.files import unique_name
+from featstore.files import replacing
 
 RUNS = "runs"
 _NAME = re.compile(r"report_(0|[1-9][0-9]{0,8})_of_([1-9][0-9]{0,8})\.json")
@@ -263,8 +263,7 @@ def _merged_path(folder: Path, count: int) -> Path:
 
 def _write(path: Path, body: dict[str, Any]) -> None:
     """In one step: another share may be reading."""
-    aside = path.with_name(f".{unique_name()}.tmp")
     # A name's undecodable bytes become JSON's own escapes.
     text = json.dumps(body, indent=2, ensure_ascii=False) + "\n"
-    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(aside, path)
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -55,10 +55,11 @@ class AttentionPool(nn.Module):
 
     def by_operation(self, members: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, Attention]:
         """`forward` as its formula reads."""
-        hidden = torch.tanh(self.value(members))
+        hidden = torch.tanh(wide(self.value(members)))
         if self.gate is not None:
-            hidden = hidden * torch.sigmoid(self.gate(members))
-        logits = wide(self.weight(self.dropout(hidden)).squeeze(-1))
+            hidden = hidden * torch.sigmoid(wide(self.gate(members)))
+        # No linear layer, which autocast would round to eight bits.
+        logits = (self.dropout(hidden) * self.weight.weight[0]).sum(-1) + self.weight.bias
         weights = segment_softmax(logits, offsets)
         return weighted_sum(weights, members, offsets), Attention(weights, logits, offsets)
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from featstore.errors import ConfigError
+from featstore.precision import has_fast_bf16
 from heads.config import TrainConfig
 from heads.models.head import Head
 
@@ -132,13 +133,7 @@ def choose_amp(amp: Amp, device: torch.device) -> Amp:
     """The precision of matrix products; ``auto``: bf16 where the device has instructions for it."""
     if amp != "auto":
         return amp
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-        fast = has is not None and has()
-    return "bf16" if fast else "off"
+    return "bf16" if has_fast_bf16(device) else "off"
 
 
 def autocast(device: torch.device, amp: Amp) -> torch.autocast:

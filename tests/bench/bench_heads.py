@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ if __name__ == "__main__":
 
 from featstore.cohort.splits import Split
 from featstore.process import keep_freed_memory
-from heads.bench import DIM, LAB_TRAIN, MadeUpCases
+from heads.bench import DIM, LAB_TRAIN, MadeUpCases, epoch_of, take_turns
 from heads.config import Config, HeadConfig, TrainConfig, resolved
 from heads.models.head import build_head
 from heads.training.loop import Training
@@ -41,13 +40,7 @@ def ours(name: str, bags: MadeUpCases, amp: str, **settings: Any) -> Callable[[]
     config = resolved(Config(head=head, train=TrainConfig(amp=amp)))  # type: ignore[arg-type]
     cases = tuple(bags.outlines)
     split = Split(cases, cases[:2], ())
-    training = Training(build_head(config.head, DIM, 2), bags, split, config.train, ("0", "1"))
-
-    def epoch() -> float:
-        log, _ = training.learn(training.data.epoch(0), {})
-        return log.summary(1)["loss"]
-
-    return epoch
+    return epoch_of(Training(build_head(config.head, DIM, 2), bags, split, config.train, ("0", "1")))
 
 
 def theirs(model: Any, bags: MadeUpCases) -> Callable[[], object]:
@@ -110,13 +103,7 @@ def main(rounds: int = 7) -> None:
     print(f"{LAB_TRAIN} cases, {sum(sizes):,} patches, {torch.get_num_threads()} threads, {rounds} rounds")
     print(f"{'head':<13}{'torchmil':>10}{'float32':>10}{'bf16':>10}{'times as fast':>30}")
     for name, runs in contestants(bags).items():
-        seconds: dict[str, list[float]] = {each: [] for each in runs}
-        for number in range(rounds + 1):
-            for each, run in runs.items():
-                start = time.perf_counter()
-                run()
-                if number:
-                    seconds[each].append(time.perf_counter() - start)
+        seconds = take_turns(runs, bags.device, rounds)
         median = {each: statistics.median(times) for each, times in seconds.items()}
         ratios = {
             each: statistics.median(a / b for a, b in zip(seconds["torchmil"], times, strict=True))

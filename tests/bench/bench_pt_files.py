@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from featstore.cohort.splits import Split
 from featstore.process import keep_freed_memory
 from featstore.resident import CaseBags
 from featstore.store import Slice, Store, StoreWriter
+from heads.bench import epoch_of, take_turns
 from heads.config import Config, TrainConfig, resolved
 from heads.models.head import build_head
 from heads.training.loop import Training
@@ -64,13 +64,7 @@ def ours(store: Store, memory: int | None) -> Callable[[], object]:
     labels = {case: int(case) % 2 for case in store.cases()}
     bags, config = CaseBags(store, labels, memory=memory), resolved(Config(train=TrainConfig()))
     split = Split(tuple(labels), tuple(labels)[:2], ())
-    training = Training(build_head(config.head, DIM, 2), bags, split, config.train, ("0", "1"))
-
-    def epoch() -> float:
-        log, _ = training.learn(training.data.epoch(0), {})
-        return log.summary(1)["loss"]
-
-    return epoch
+    return epoch_of(Training(build_head(config.head, DIM, 2), bags, split, config.train, ("0", "1")))
 
 
 def from_files(store: Store, files: Path) -> Callable[[], object]:
@@ -113,13 +107,7 @@ def main(work: Path, rounds: int = 7) -> None:
         "store, in memory": ours(store, None),
         "store, read in every epoch": ours(store, 0),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if number:
-                seconds[name].append(time.perf_counter() - start)
+    seconds = take_turns(runs, torch.device("cpu"), rounds)
     theirs = seconds["one .pt a patch"]
     for name, times in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(theirs, times, strict=True))

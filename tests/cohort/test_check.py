@@ -171,7 +171,7 @@ def test_saving_replaces_whole_files(folder: Path, tmp_path: Path, monkeypatch: 
         assert (tmp_path / "kept" / name).read_bytes() == before[name], name
         assert (target / name).read_bytes() != before[name], name
 
-    def fail(image: Image.Image, path: Path) -> None:
+    def fail(image: Image.Image, path: Path, **options: object) -> None:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 
 from featstore.bags import BagBatch
-from featstore.cohort.splits import Split
+from featstore.cohort.splits import Split, save_split
 from featstore.resident import CaseBags
 from featstore.store import Slice, Store, StoreWriter
 from heads.config import Config, HeadConfig, TrainConfig, resolved
 from heads.models.head import Head, build_head
 from heads.training.loop import Training
+from tests import helpers
+from tests.command_line import write_config
 from tests.store.builders import make_slice, make_spec
 
 DIM = 12
@@ -136,3 +138,12 @@ class Spy:
     def batches(self, training: bool) -> list[BagBatch]:
         """Those of training, or those of validation."""
         return [made for learned, made in self.seen if learned is training]
+
+
+def make_planted_project(folder: Path, *settings: dict) -> Path:
+    """A project folder with settings, labels, the store of `make_store` and `split.npz` of `SPLIT`."""
+    write_config(folder, *settings)
+    helpers.write_labels(folder, LABELS)
+    make_store(folder / "store")
+    save_split(folder / "split.npz", SPLIT)
+    return folder

@@ -23,10 +23,10 @@ from heads.evaluation.lab_checkpoint import read_lab_checkpoint
 from heads.evaluation.runs import RunError, RunFolder, read_config
 from heads.models.head import build_head
 from tests import helpers
-from tests.command_line import answer, refused, succeeded, write_config
+from tests.command_line import answer, refused, succeeded
 from tests.heads.bags import nested
 from tests.heads.in_numpy import linear, sigmoid, softmax
-from tests.heads.planted import CASES, DIM, LABELS, LONE, SPLIT, make_store
+from tests.heads.planted import CASES, DIM, LABELS, LONE, SPLIT, make_planted_project
 from tests.interop.builders import write_vectors
 from tests.interop.projects import rows_of
 from tests.interop.refusals import Evil
@@ -109,13 +109,9 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty cases with embeddings, labels and a split; some lack a stain, one has a single patch."""
-    folder = tmp_path_factory.mktemp("lab")
     settings = {"train": {"device": "cpu"}, "runs": {"resamples": 20}}
-    write_config(folder, {"labels": {"file": "labels.csv"}, "classes": CLASSES}, settings)
-    helpers.write_labels(folder, LABELS)
-    make_store(folder / "store")
-    save_split(folder / "split.npz", SPLIT)
-    return folder
+    labels = {"labels": {"file": "labels.csv"}, "classes": CLASSES}
+    return make_planted_project(tmp_path_factory.mktemp("lab"), labels, settings)
 
 
 @pytest.fixture

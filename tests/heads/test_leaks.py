@@ -28,7 +28,7 @@ from heads.evaluation.predict import predict
 from heads.models.head import build_head
 from heads.training.loop import Training
 from tests import helpers
-from tests.command_line import answer, succeeded, write_config
+from tests.command_line import answer, succeeded
 from tests.heads.planted import (
     CASES,
     DIM,
@@ -39,7 +39,7 @@ from tests.heads.planted import (
     SOLVED,
     SPLIT,
     make_config,
-    make_store,
+    make_planted_project,
     planted_slice,
 )
 from tests.store.builders import make_spec
@@ -161,12 +161,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("leaks")
-    write_config(folder, SETTINGS)
-    helpers.write_labels(folder, LABELS)
-    make_store(folder / "store")
-    save_split(folder / "split.npz", SPLIT)
-    return folder
+    return make_planted_project(tmp_path_factory.mktemp("leaks"), SETTINGS)
 
 
 @pytest.fixture

@@ -120,6 +120,15 @@ def test_bf16_rounds_after_standardising(shift: float) -> None:
     np.testing.assert_allclose(got.float().detach(), want.detach(), atol=0.02, rtol=0.02)
 
 
+@pytest.mark.parametrize("sizes", [[200], [600]], ids=["few patches", "many patches"])
+def test_bf16_leaves_attention_logits_in_float32(sizes: list[int]) -> None:
+    pool, members = AttentionPool(64, 16), random(sum(sizes), 64, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, attention = pool(members.detach().to(torch.bfloat16), offsets_of(sizes))
+    rounded = attention.logits.to(torch.bfloat16).float()
+    assert (attention.logits != rounded).float().mean() > 0.9
+
+
 @pytest.mark.parametrize("kind", ["tanh", "gated"])
 def test_bf16_attention_is_near_that_of_float32(kind: PoolKind) -> None:
     pool, members = AttentionPool(64, 16, kind=kind), random(1500, 64, dtype=torch.float32)
