@@ -88,6 +88,8 @@ def read_lab_checkpoint(path: Path) -> LabCheckpoint:
 
 def _state(path: Path) -> dict[str, torch.Tensor]:
     """The state dict in a file, without the wrapper's prefix."""
+    if not path.exists():
+        raise _refused(path, f"there is no file {path}", "a checkpoint", "check the path")
     try:
         content = read_plain(path)
     except ValueError as error:

@@ -294,11 +294,13 @@ def test_code_in_a_checkpoint_is_not_run(project: Path, tmp_path: Path, form: st
     assert not trap.exists()
 
 
-@pytest.mark.parametrize("content", [None, b"", b"hello", b"PK\x03\x04", b"\x80\x02}q\x00."])
-def test_files_that_are_no_checkpoints_are_told(project: Path, content: bytes | None) -> None:
-    (project / "lab.pth").unlink()
-    if content is not None:
-        (project / "lab.pth").write_bytes(content)
+def test_a_checkpoint_that_is_not_there(project: Path) -> None:
+    refused(project, "import", "nothing.pth", says=("there is no file", "nothing.pth", "check the path"))
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04", b"\x80\x02}q\x00."])
+def test_files_that_are_no_checkpoints_are_told(project: Path, content: bytes) -> None:
+    (project / "lab.pth").write_bytes(content)
     refused(project, "import", "lab.pth", says=("the checkpoint", "lab.pth"))
 
 
