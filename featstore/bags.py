@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -112,7 +113,7 @@ class BagBatch:
     def __len__(self) -> int:
         return len(self.case_ids)
 
-    @property
+    @cached_property
     def case_patch_offsets(self) -> torch.Tensor:
         """(B + 1,) int64: the patches of each case, for heads that know one level only."""
         return self.slice_offsets[self.stain_offsets[self.case_offsets]]

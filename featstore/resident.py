@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import copy
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +48,7 @@ class CaseBags:
         outlines: By case.
         resident: (N, D) embeddings of all cases, or None where they do not fit.
         device: Of the batches.
+        memory: Bytes that the embeddings may take.
         views: Of every patch, the plain one included, in the store.
 
     Raises:
@@ -73,6 +75,7 @@ class CaseBags:
         self.resident: torch.Tensor | None = None
         if memory is None:
             memory = memory_budget("auto", self.device)
+        self.memory = memory
         self._views: torch.Tensor | None = None
         self._mapped_views = MappedRows(store.spec.stored_dtype, store.spec.dim, self._count)
         if size <= memory:
@@ -92,6 +95,12 @@ class CaseBags:
         """What the embeddings in memory take, views included."""
         held = [each for each in (self.resident, self._views) if each is not None]
         return sum(each.numel() * each.element_size() for each in held)
+
+    def with_embeddings(self, resident: torch.Tensor) -> CaseBags:
+        """The same cases, with (N, D) other embeddings of their patches in memory."""
+        found = copy.copy(self)
+        found.resident = resident
+        return found
 
     def _load(self, row: tuple[int, ...], read: Callable[[str, torch.Tensor], object]) -> torch.Tensor:
         """All cases' rows in one tensor on the device; of the others no more than one case is held."""
@@ -146,7 +155,7 @@ class CaseBags:
         )
 
     def features(self, case: str) -> torch.Tensor:
-        """(P, D) embeddings of a case, in the store's dtype, in the outline's order."""
+        """(P, D) embeddings of a case, as they are held, in the outline's order."""
         if self.resident is None:
             return self._read(case)
         start = self._start[case]
@@ -158,9 +167,9 @@ class CaseBags:
         ``features`` are to be read only: those of a whole case may be the resident ones themselves.
         """
         batch = collate(bags)
-        if self.device.type == "cuda":
-            batch = batch.pin_memory()
-        return replace(batch.to(self.device), features=self._embeddings(bags))
+        if self.device.type != "cpu":
+            batch = batch.pin_memory().to(self.device)
+        return replace(batch, features=self._embeddings(bags))
 
     def _embeddings(self, bags: Sequence[Bag]) -> torch.Tensor:
         cases = [self._case(bag) for bag in bags]

@@ -15,7 +15,7 @@ from torch import nn
 from featstore.bags import Bag, BagBatch
 from featstore.cohort.splits import Split
 from featstore.process import keep_freed_memory
-from featstore.resident import CaseBags, case_of_row
+from featstore.resident import CaseBags, case_of_row, memory_budget
 from heads.config import Config, HeadConfig, TrainConfig, resolved
 from heads.models.head import build_head
 from heads.models.hierarchical import Hierarchical
@@ -143,7 +143,8 @@ class MadeUpCases(CaseBags):
     """Made-up cases in memory: 3 stains of 5 slices each, sizes given."""
 
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
-        self.device, self.views = device, 1
+        self.device, self.views, self._views = device, 1, None
+        self.memory = memory_budget("auto", device)
         self.outlines = {str(i): _outline(i, size, sum(sizes[:i])) for i, size in enumerate(sizes)}
         self._by_row = case_of_row(self.outlines)
         self._start = {case: first for first, case in self._by_row}

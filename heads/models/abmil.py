@@ -6,7 +6,7 @@ from featstore.bags import BagBatch
 from heads.models.attention_pool import AttentionPool, PoolKind
 from heads.models.config import AttentionConfig
 from heads.models.dropout import Dropout
-from heads.models.head import Classifier, ProjectedHead, register_head
+from heads.models.head import Float32Linear, ProjectedHead, register_head
 from heads.models.outputs import HeadOutput
 
 
@@ -35,7 +35,7 @@ class ABMIL(ProjectedHead):
         dropout = config.rate(config.attention_dropout)
         self.pool = AttentionPool(config.embed_dim, config.attention_hidden, dropout, self.kind)
         self.classifier_dropout = Dropout(config.rate(config.classifier_dropout))
-        self.classifier = Classifier(config.embed_dim, classes)
+        self.classifier = Float32Linear(config.embed_dim, classes)
 
     def forward(self, batch: BagBatch, **schedule: float) -> HeadOutput:
         """Classify a batch.

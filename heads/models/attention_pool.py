@@ -10,7 +10,16 @@ from torch.autograd.function import once_differentiable
 
 from heads.models.dropout import Dropout
 from heads.models.outputs import Attention
-from heads.models.pooling import FEW, segment_runs, segment_softmax, segment_sum, weighted_sum, wide
+from heads.models.pooling import (
+    FEW,
+    RUN,
+    segment_runs,
+    segment_softmax,
+    segment_sum,
+    softmax_lines,
+    weighted_sum,
+    wide,
+)
 
 PoolKind = Literal["tanh", "gated"]
 
@@ -49,19 +58,32 @@ class AttentionPool(nn.Module):
         Returns:
             (G, E) pooled embeddings, and the attention.
         """
-        if members.device.type == "cpu" and len(members) > FEW:
+        if len(members) <= FEW:  # rounding them to lower precision takes longer than it saves
+            with torch.autocast(members.device.type, enabled=False):
+                return self.few(wide(members), offsets)
+        if members.device.type == "cpu":
             return self.fused(members, offsets)
         return self.by_operation(members, offsets)
 
     def by_operation(self, members: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, Attention]:
         """`forward` as its formula reads."""
+        logits = self._logits(members)
+        weights = segment_softmax(logits, offsets)
+        return weighted_sum(weights, members, offsets), Attention(weights, logits, offsets)
+
+    def few(self, members: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, Attention]:
+        """`forward` in few operations, for so few members that these are what takes the time."""
+        logits = self._logits(members)
+        lines = softmax_lines(logits, offsets)
+        return lines @ members, Attention(lines.sum(0), logits, offsets)
+
+    def _logits(self, members: torch.Tensor) -> torch.Tensor:
         hidden = torch.tanh(wide(self.value(members)))
         if self.gate is not None:
             hidden = hidden * torch.sigmoid(wide(self.gate(members)))
         # No linear layer, which autocast would round to eight bits.
-        logits = (self.dropout(hidden) * self.weight.weight[0]).sum(-1) + self.weight.bias
-        weights = segment_softmax(logits, offsets)
-        return weighted_sum(weights, members, offsets), Attention(weights, logits, offsets)
+        logits: torch.Tensor = (self.dropout(hidden) * self.weight.weight[0]).sum(-1) + self.weight.bias
+        return logits
 
     def fused(self, members: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, Attention]:
         """`forward` as one operation, for a CPU, where memory is what takes the time."""
@@ -69,12 +91,14 @@ class AttentionPool(nn.Module):
         inner = wide(members[:0]).dtype
         pooled, weights, logits = _AttentionPooling.apply(
             members,
-            torch.cat([layer.weight for layer in layers]).to(members.dtype),
-            torch.cat([layer.bias for layer in layers]).to(inner),
+            _joined([layer.weight for layer in layers]).to(members.dtype),
+            _joined([layer.bias for layer in layers]).to(inner),
             # What dropout multiplies by stands with the weights, which are fewer.
             self.dropout.scale * self.weight.weight[0].to(inner),
             self.weight.bias.to(inner),
-            self.dropout.kept((len(members), len(self.value.weight)), inner, members.device),
+            self.dropout.kept(
+                (len(members), len(self.value.weight)), inner, members.device, not members.is_contiguous()
+            ),
             offsets,
             self.gate is not None,
         )
@@ -101,7 +125,7 @@ class _AttentionPooling(torch.autograd.Function):
         offsets: torch.Tensor,
         gated: bool,
     ) -> tuple[torch.Tensor, ...]:
-        hidden = wide(torch.mm(members, value.t())).add_(shift)
+        hidden = wide(_product(members, value.t())).add_(shift)
         if gated:
             inner, gate = hidden.chunk(2, dim=1)
             inner, gate = inner.tanh(), gate.sigmoid()
@@ -112,10 +136,12 @@ class _AttentionPooling(torch.autograd.Function):
         logits = torch.mv(dropped, weight).add_(bias)
         weights = segment_softmax(logits, offsets)
         pooled = weights.new_zeros((len(offsets) - 1, members.shape[1]))
+        # Widened once where it is small, else twice by the run, which memory is slower than.
+        values = wide(members) if len(members) <= RUN else members
         for run in segment_runs(offsets, len(members)):
-            run.add(pooled, weights, members)
+            run.add(pooled, weights, values)
         ctx.gated = gated
-        ctx.save_for_backward(members, value, weight, inner, gate, dropped, kept, weights, offsets)
+        ctx.save_for_backward(members, values, value, weight, inner, gate, dropped, kept, weights, offsets)
         return pooled, weights, logits
 
     @staticmethod
@@ -123,21 +149,21 @@ class _AttentionPooling(torch.autograd.Function):
     def backward(
         ctx: Any, to_pooled: torch.Tensor, to_weights: torch.Tensor, to_logits: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        members, value, weight, inner, gate, dropped, kept, weights, offsets = ctx.saved_tensors
+        members, values, value, weight, inner, gate, dropped, kept, weights, offsets = ctx.saved_tensors
         runs = list(segment_runs(offsets, len(members)))
-        products = torch.cat([run.products(to_pooled, members) for run in runs])
+        products = _joined([run.products(to_pooled, values) for run in runs])
         # ∂softmax, and what was asked of attention and its logits themselves.
         slope = weights * (products + to_weights)
         sizes = offsets.diff()
         total = torch.repeat_interleave(segment_sum(slope, offsets), sizes, output_size=len(slope))
         slope = slope - weights * total + to_logits
-        to_hidden = slope[:, None] * weight
+        to_hidden = _outer(slope, weight, inner)
         if kept is not None:
             to_hidden.mul_(kept)
         if ctx.gated:
             to_inner = to_hidden * gate * (1 - inner.square())
             to_gate = to_hidden * inner * gate * (1 - gate)
-            to_hidden = torch.cat((to_inner, to_gate), dim=1)
+            to_hidden = _beside(to_inner, to_gate)
         else:
             to_hidden = torch.ops.aten.tanh_backward(to_hidden, inner)
         low = to_hidden.to(members.dtype)
@@ -145,9 +171,9 @@ class _AttentionPooling(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             to_members = torch.empty_like(members)
             for run in runs:
-                left = torch.cat((low[run.rows], run.spread(weights, low.dtype).t()), dim=1)
+                left = _beside(low[run.rows], run.spread(weights, low.dtype).t())
                 right = torch.cat((value, to_pooled[run.segments].to(low.dtype)))
-                torch.mm(left, right, out=to_members[run.rows])
+                _product(left, right, to_members[run.rows])
         return (
             to_members,
             torch.mm(low.t(), members),
@@ -158,3 +184,29 @@ class _AttentionPooling(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+# `project` leaves members in memory by column where that is faster; what is made of them then is so too.
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The product a b, in memory as a is."""
+    if a.is_contiguous():
+        return torch.mm(a, b, out=out)
+    return torch.mm(b.t(), a.t(), out=None if out is None else out.t()).t()
+
+
+def _beside(*parts: torch.Tensor) -> torch.Tensor:
+    """(N, …) next to one another, in memory as the first is."""
+    if parts[0].is_contiguous():
+        return torch.cat(parts, dim=1)
+    return torch.cat([part.t() for part in parts]).t()
+
+
+def _outer(a: torch.Tensor, b: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The outer product a bᵀ, in memory as another."""
+    return a[:, None] * b if like.is_contiguous() else (b[:, None] * a).t()

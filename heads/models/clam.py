@@ -11,6 +11,7 @@ from heads.models.config import ClamConfig
 from heads.models.head import register_head
 from heads.models.outputs import Attention, HeadOutput
 from heads.models.pooling import segment_index, segment_rank, segment_sum, wide
+from heads.models.projection import scores_of
 
 
 @register_head("clam_sb", ClamConfig)
@@ -54,7 +55,7 @@ class ClamSB(GatedABMIL):
         """
         members = self.embed(batch)
         pooled, attention = self.pool(members, batch.case_patch_offsets)
-        no, yes = wide(self.instance_classifiers(members)).chunk(2, dim=1)
+        no, yes = scores_of(wide(members), self.instance_classifiers).chunk(2, dim=1)
         logits = self.classifier(self.classifier_dropout(pooled))
         return HeadOutput(logits, {"patch": attention}, instance_scores=yes - no)
 

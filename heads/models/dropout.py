@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 _LEVELS = 2**16
-_FEW = 2**16  # below it torch is done before a generator of NumPy has begun
+# Up to so many elements torch's own way is done before ours has begun, and before one of NumPy's has.
+_FEW, _FEW_DRAWS = 2**11, 2**16
 
 
 class Dropout(nn.Module):
@@ -41,13 +42,18 @@ class Dropout(nn.Module):
         """What is kept is multiplied by this; 1 where nothing is dropped."""
         return _LEVELS / (_LEVELS - self._dropped) if self.training else 1.0
 
-    def kept(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
-        """0 where an element is dropped, else 1; None where nothing is dropped."""
+    def kept(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, by_column: bool = False
+    ) -> torch.Tensor | None:
+        """0 where an element is dropped, else 1, in memory by row or column; None: nothing is dropped."""
         if not self.training or not self._dropped:
             return None
-        if device.type != "cpu":
-            return torch.empty(shape, dtype=dtype, device=device).bernoulli_(1 / self.scale)
+        if by_column:
+            found = self.kept(shape[::-1], dtype, device)
+            return None if found is None else found.t()
         count = math.prod(shape)
+        if device.type != "cpu" or count <= _FEW:
+            return torch.empty(shape, dtype=dtype, device=device).bernoulli_(1 / self.scale)
         bits = _draw((count + 3) // 4).view(torch.int16)[:count].view(shape)
         # In place, so that 0 and 1 are 16 bits wide: torch is slow at widening booleans.
         return bits.ge_(self._dropped - _LEVELS // 2).to(dtype)
@@ -59,7 +65,7 @@ class Dropout(nn.Module):
 
 def _draw(count: int) -> torch.Tensor:
     """(count,) int64 of random bits, by torch's seed."""
-    if count < _FEW:
+    if count < _FEW_DRAWS:
         return torch.empty(count, dtype=torch.int64).random_(-(2**63), None)
     generator = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
     return torch.from_numpy(generator.integers(0, 2**64, size=count, dtype=np.uint64).view(np.int64))

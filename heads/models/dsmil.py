@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import nn
 
 from featstore.bags import BagBatch
 from heads.models.config import DsmilConfig
 from heads.models.dropout import Dropout
-from heads.models.head import Classifier, ProjectedHead, register_head
+from heads.models.head import Float32Linear, ProjectedHead, register_head
 from heads.models.outputs import Attention, HeadOutput
-from heads.models.pooling import segment_argmax, segment_index, segment_softmax, weighted_sum, wide
+from heads.models.pooling import segment_argmax, segment_products, segment_softmax, weighted_sum, wide
+from heads.models.projection import layer_of, scores_of
 
 
 @register_head("dsmil", DsmilConfig)
@@ -43,9 +43,9 @@ class DSMIL(ProjectedHead):
         super().__init__(dim, config)
         width = config.embed_dim
         self.score = nn.Linear(width, classes)
-        self.query, self.value = nn.Linear(width, config.attention_dim), nn.Linear(width, width)
+        self.query, self.value = nn.Linear(width, config.attention_dim), Float32Linear(width, width)
         self.classifier_dropout = Dropout(config.rate(config.classifier_dropout))
-        self.classifier = Classifier(classes * width, classes)
+        self.classifier = Float32Linear(classes * width, classes)
 
     def forward(self, batch: BagBatch, **schedule: float) -> HeadOutput:
         """Classify a batch.
@@ -59,19 +59,14 @@ class DSMIL(ProjectedHead):
             the critical patches' scores (B, C).
         """
         offsets, members = batch.case_patch_offsets, self.embed(batch)
-        # Scores and queries at once: one product, and one gradient of the members.
-        weight = torch.cat((self.score.weight, self.query.weight))
-        bias = torch.cat((self.score.bias, self.query.bias))
-        both = wide(nn.functional.linear(members, weight, bias))
-        scores, queries = torch.split(both, [self.score.out_features, self.query.out_features], dim=1)
+        full = wide(members)
+        scores = scores_of(full, self.score)
+        queries = wide(layer_of(members, self.query.weight, self.query.bias))
         critical = segment_argmax(scores, offsets)
-        case = segment_index(offsets, len(members))
-        # Class by class: all classes at once would hold C times the queries and the values.
-        products = [(queries * queries[chosen][case]).sum(-1) for chosen in critical.unbind(1)]
-        logits = torch.stack(products, 1) / math.sqrt(queries.shape[1])
+        logits = segment_products(queries, queries[critical], offsets) / math.sqrt(queries.shape[1])
         weights = segment_softmax(logits, offsets)
         # Values are linear, and attention sums to 1: C sums of patches need be projected, not all patches.
-        embeddings = self.value(weighted_sum(weights, members, offsets))
+        embeddings = self.value(weighted_sum(weights, full, offsets))
         return HeadOutput(
             logits=self.classifier(self.classifier_dropout(embeddings.flatten(1))),
             attention={"patch": Attention(weights, logits, offsets)},

@@ -12,7 +12,7 @@ from featstore.bags import BagBatch
 from featstore.errors import ConfigError
 from heads.models.config import DualStreamConfig
 from heads.models.dropout import Dropout
-from heads.models.head import Classifier, Head, register_head
+from heads.models.head import Float32Linear, Head, register_head
 from heads.models.outputs import Attention, HeadOutput
 from heads.models.pooling import segment_index, segment_softmax, weighted_sum, wide
 from heads.models.projection import project
@@ -54,19 +54,20 @@ class DualStream(Head):
         width, inner = (config.hidden_dim if config.use_hidden_layer else dim), config.attention_dim
         self.kind = config.attention_type
         self.hidden = nn.Linear(dim, width) if config.use_hidden_layer else None
+        self.lowers = self.hidden is not None
         self.dropout = Dropout(config.dropout)
         self.score = nn.Sequential(
-            nn.Linear(width, inner), nn.ReLU(), Dropout(config.dropout), Classifier(inner, 1)
+            nn.Linear(width, inner), nn.ReLU(), Dropout(config.dropout), Float32Linear(inner, 1)
         )
         if self.kind in ("gated", "dsmil"):
             self.query, self.key = nn.Linear(width, inner), nn.Linear(width, inner)
         if self.kind == "gated":
-            self.gate: nn.Linear = Classifier(inner, 1)
+            self.gate: nn.Linear = Float32Linear(inner, 1)
         if self.kind == "abmil":
             self.value, self.gate = nn.Linear(width, inner), nn.Linear(width, inner)
-            self.weight = Classifier(inner, 1)
+            self.weight = Float32Linear(inner, 1)
         self.fusion = _FUSIONS[config.fusion_method](width)
-        self.classifier = Classifier(2 * width if config.fusion_method == "concat" else width, classes)
+        self.classifier = Float32Linear(2 * width if config.fusion_method == "concat" else width, classes)
 
     def forward(self, batch: BagBatch, temperature: float = 1.0, **schedule: float) -> HeadOutput:
         """Classify a batch.

@@ -56,11 +56,14 @@ class Head(nn.Module):
         scores_instances: Whether the output has instance scores.
         solved: Whether `solve` finds the weights of an epoch, in place of optimiser steps.
         standardize: Mean and deviation of the training cases, as buffers.
+        lowers: Whether features go through `project` alone, which under autocast rounds them once they
+            are standardised: a training may then do so once, before its first step.
     """
 
     levels: ClassVar[tuple[str, ...]] = ()
     scores_instances: ClassVar[bool] = False
     solved: ClassVar[bool] = False
+    lowers: bool = False
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -110,6 +113,8 @@ class ProjectedHead(Head):
         config: Width and dropouts.
     """
 
+    lowers = True
+
     def __init__(self, dim: int, config: ProjectorConfig) -> None:
         super().__init__(dim)
         self.projector = nn.Linear(dim, config.embed_dim)
@@ -120,15 +125,15 @@ class ProjectedHead(Head):
         return project(batch.features, self.standardize, self.projector, self.projector_dropout)
 
 
-class Classifier(nn.Linear):
-    """A linear layer that stays in float32 under autocast.
+class Float32Linear(nn.Linear):
+    """A linear layer that stays in float32 under autocast: for what there are few of, or what is ranked.
 
-    It costs nothing for a vector a case, and logits of eight bits would make equals of cases that
-    are not.
+    A vector a case costs less than rounding its weights, and logits of eight bits would make equals
+    of cases, or patches, that are not.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, E) → (B, C)."""
+        """(N, E) → (N, E')."""
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(wide(x))
 

@@ -8,7 +8,7 @@ from featstore.bags import BagBatch
 from heads.models.attention_pool import AttentionPool
 from heads.models.config import HierarchicalConfig
 from heads.models.dropout import Dropout
-from heads.models.head import Classifier, ProjectedHead, register_head
+from heads.models.head import Float32Linear, ProjectedHead, register_head
 from heads.models.outputs import Attention, HeadOutput
 from heads.models.transformer import MultiHeadPool, TransformerPool
 
@@ -38,7 +38,7 @@ class Hierarchical(ProjectedHead):
         super().__init__(dim, config)
         self.pools = nn.ModuleDict({level: make_pool(config) for level in ("patch", "slice", "stain")})
         self.classifier_dropout = Dropout(config.rate(config.classifier_dropout))
-        self.classifier = Classifier(config.embed_dim, classes)
+        self.classifier = Float32Linear(config.embed_dim, classes)
 
     def forward(self, batch: BagBatch, **schedule: float) -> HeadOutput:
         """Classify a batch.

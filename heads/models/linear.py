@@ -12,7 +12,7 @@ from torch import nn
 
 from featstore.bags import BagBatch
 from heads.models.config import LinearConfig
-from heads.models.head import Classifier, Fit, Head, register_head
+from heads.models.head import Fit, Float32Linear, Head, register_head
 from heads.models.outputs import HeadOutput
 from heads.models.pooling import segment_sum
 from heads.models.standardize import usable_deviation
@@ -55,7 +55,7 @@ class Linear(Head):
     def __init__(self, dim: int, classes: int, config: LinearConfig) -> None:
         super().__init__(dim)
         self.config = config
-        self.classifier = Classifier(dim, classes)
+        self.classifier = Float32Linear(dim, classes)
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
 

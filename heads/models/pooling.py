@@ -12,20 +12,40 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary
 
 # Rows at once: few enough for a core's cache and to be of few segments, enough for fast products.
-_RUN = 1024
+RUN = 1024
 # Up to so many members plain operations are done before the machinery for many has begun.
 FEW = 256
 
 
+# What was found out about offsets, for as long as they are held: a step asks ten times about the same.
+_INDEX, _INSIDE = WeakIdKeyDictionary(), WeakIdKeyDictionary()
+
+
 def segment_index(offsets: torch.Tensor, members: int) -> torch.Tensor:
-    """(N,) int64: the segment of each of N members, from (G + 1,) offsets."""
-    if len(offsets) == 2:  # one segment, as a case by itself is: here and below in fewer steps
-        return offsets.new_zeros(members)
-    segments = torch.arange(len(offsets) - 1, device=offsets.device)
-    # With the size told, a GPU need not be waited for.
-    return torch.repeat_interleave(segments, offsets.diff(), output_size=members)
+    """(N,) int64: the segment of each of N members, from (G + 1,) offsets, which never change."""
+    found: torch.Tensor | None = _INDEX.get(offsets)  # type: ignore[no-untyped-call]
+    if found is None:
+        if len(offsets) == 2:  # one segment, as a case by itself is: here and below in fewer steps
+            found = offsets.new_zeros(members)
+        else:
+            segments = torch.arange(len(offsets) - 1, device=offsets.device)
+            # With the size told, a GPU need not be waited for.
+            found = torch.repeat_interleave(segments, offsets.diff(), output_size=members)
+        _INDEX[offsets] = found
+    return found
+
+
+def _inside(offsets: torch.Tensor, members: int) -> torch.Tensor:
+    """(G, N) bool: whether a member is of a segment."""
+    found: torch.Tensor | None = _INSIDE.get(offsets)  # type: ignore[no-untyped-call]
+    if found is None:
+        segments = torch.arange(len(offsets) - 1, device=offsets.device)
+        found = segments[:, None] == segment_index(offsets, members)
+        _INSIDE[offsets] = found
+    return found
 
 
 def segment_sum(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -116,6 +136,16 @@ def segment_softmax(logits: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor
     return torch.exp(segment_log_softmax(logits, offsets))
 
 
+def softmax_lines(logits: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """(G, N): `segment_softmax` of (N,), a line a segment, 0 for the members of the others.
+
+    For few members: it takes a third of the operations.
+    """
+    if len(offsets) == 2:
+        return torch.softmax(logits[None], 1)
+    return torch.softmax(torch.where(_inside(offsets, len(logits)), logits, -torch.inf), 1)
+
+
 def segment_log_softmax(logits: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """Logarithm of `segment_softmax`, finite where the softmax itself underflows to 0."""
     logits = wide(logits)
@@ -144,6 +174,25 @@ def weighted_sum(weights: torch.Tensor, values: torch.Tensor, offsets: torch.Ten
     weights = weights.double() if values.dtype == torch.float64 else wide(weights)
     total: torch.Tensor = _WeightedSum.apply(weights, values, offsets)
     return total
+
+
+def segment_products(values: torch.Tensor, each: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The inner products of every row with K vectors of its segment, not in autocast's precision.
+
+    Args:
+        values: (N, E).
+        each: (G, K, E).
+        offsets: (G + 1,) int64.
+
+    Returns:
+        (N, K).
+    """
+    if len(offsets) == 2:
+        with torch.autocast(values.device.type, enabled=False):
+            return values @ each[0].t()
+    index = segment_index(offsets, len(values))
+    # Vector by vector: all at once would hold K times the values.
+    return torch.stack([(values * vector[index]).sum(-1) for vector in each.unbind(1)], 1)
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -226,11 +275,11 @@ class SegmentRun:
 def segment_runs(offsets: torch.Tensor, members: int) -> Iterator[SegmentRun]:
     """All rows, in runs of few segments each; on a GPU this would have to wait for it."""
     index = segment_index(offsets, members)
-    if members <= _RUN:
+    if members <= RUN:
         yield SegmentRun(slice(0, members), slice(0, len(offsets) - 1), index)
         return
-    for start in range(0, members, _RUN):
-        own = index[start : start + _RUN]
+    for start in range(0, members, RUN):
+        own = index[start : start + RUN]
         first, last = int(own[0]), int(own[-1])
         yield SegmentRun(slice(start, start + len(own)), slice(first, last + 1), own - first)
 

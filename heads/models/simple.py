@@ -7,7 +7,7 @@ import torch
 from featstore.bags import BagBatch
 from heads.models.config import ProjectorConfig
 from heads.models.dropout import Dropout
-from heads.models.head import Classifier, ProjectedHead, register_head
+from heads.models.head import Float32Linear, ProjectedHead, register_head
 from heads.models.outputs import HeadOutput
 from heads.models.pooling import segment_max, weighted_sum
 
@@ -28,7 +28,7 @@ class Mean(ProjectedHead):
     def __init__(self, dim: int, classes: int, config: ProjectorConfig) -> None:
         super().__init__(dim, config)
         self.classifier_dropout = Dropout(config.rate(config.classifier_dropout))
-        self.classifier = Classifier(config.embed_dim, classes)
+        self.classifier = Float32Linear(config.embed_dim, classes)
 
     def forward(self, batch: BagBatch, **schedule: float) -> HeadOutput:
         """Classify a batch.

@@ -8,6 +8,8 @@ from torch import nn
 # Below this a feature counts as constant; below this share of the median one, as nearly constant.
 _LEAST_DEVIATION, _LEAST_SHARE = 1e-6, 0.01
 _BLOCK = 256  # rows at once: what fits in a core's cache
+# Features of this precision are standardised already: no store has it.
+LOWERED = torch.bfloat16
 
 
 class Standardize(nn.Module):
@@ -38,9 +40,9 @@ class Standardize(nn.Module):
         return nn.functional.linear(*self.fold(features, layer))
 
     def fold(
-        self, features: torch.Tensor, layer: nn.Linear, scale: float = 1.0
+        self, features: torch.Tensor, layer: nn.Linear
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Input, weight and bias of the product that ``scale`` × `project` is.
+        """Input, weight and bias of the product that ``layer((features − mean) / std)`` is.
 
         In float32 the standardisation is folded into the layer, which touches E·D numbers
         instead of ΣP·D. In lower precision it must come first: features that differ in their
@@ -49,37 +51,42 @@ class Standardize(nn.Module):
         Args:
             features: (ΣP, D).
             layer: D → E.
-            scale: What the result is multiplied by.
 
         Returns:
-            (ΣP, D), (E, D), (E,), in the precision of the product.
+            (ΣP, D), in the precision of the product; (E, D), (E,).
         """
         bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
         kind = features.device.type
         if torch.is_autocast_enabled(kind):
-            low = torch.get_autocast_dtype(kind)
-            return self.lower(features, low, scale), layer.weight.to(low), (scale * bias).to(low)
-        weight = layer.weight * (scale / self.std)
-        return features.to(weight.dtype), weight, scale * bias - weight @ self.mean
+            return self.lower(features, torch.get_autocast_dtype(kind)), layer.weight, bias
+        if features.dtype == LOWERED:
+            return features.to(layer.weight.dtype), layer.weight, bias
+        weight = layer.weight / self.std
+        return features.to(weight.dtype), weight, bias - weight @ self.mean
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(ΣP, D) standardised features."""
-        return self._shifted(features, self.std.reciprocal())
+        if features.dtype == LOWERED:
+            return features.to(self.mean.dtype)
+        # One multiplication and addition a number: a division takes ten times as long on a CPU.
+        factor = self.std.reciprocal()
+        return torch.addcmul(-self.mean * factor, features.to(self.mean.dtype), factor)
 
-    def lower(self, features: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-        """(ΣP, D) standardised features × ``scale``, rounded to a lower precision."""
-        factor = scale / self.std
+    def lower(self, features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """(ΣP, D) standardised features, rounded to a lower precision."""
+        if features.dtype == LOWERED:
+            return features.to(dtype)
         if features.requires_grad or features.device.type != "cpu":
-            return self._shifted(features, factor).to(dtype)
+            return self.forward(features).to(dtype)
+        factor = self.std.reciprocal()
+        shift = -self.mean * factor
         # By blocks: what lies between is as large as a core's cache.
         found = torch.empty_like(features, dtype=dtype)
+        wide = shift.new_empty((min(_BLOCK, len(features)), len(shift)))
         for rows, into in zip(torch.split(features, _BLOCK), torch.split(found, _BLOCK), strict=True):
-            into.copy_(self._shifted(rows, factor))
+            between = wide[: len(rows)].copy_(rows)
+            into.copy_(torch.addcmul(shift, between, factor, out=between))
         return found
-
-    def _shifted(self, features: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        # One multiplication and addition a number: a division takes ten times as long on a CPU.
-        return torch.addcmul(-self.mean * factor, features.to(self.mean.dtype), factor)
 
 
 def usable_deviation(std: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from featstore.bags import BagBatch
 from featstore.errors import ConfigError
 from heads.models.config import TransMILConfig
 from heads.models.dropout import Dropout
-from heads.models.head import Classifier, ProjectedHead, register_head
+from heads.models.head import Float32Linear, ProjectedHead, register_head
 from heads.models.outputs import Attention, HeadOutput
 from heads.models.pooling import wide
 
@@ -83,7 +83,7 @@ class TransMIL(ProjectedHead):
         self.second = NystromAttention(*attention, config.dropout)
         self.norm = nn.LayerNorm(width)
         self.classifier_dropout = Dropout(config.rate(config.classifier_dropout))
-        self.classifier = Classifier(width, classes)
+        self.classifier = Float32Linear(width, classes)
 
     def forward(self, batch: BagBatch, **schedule: float) -> HeadOutput:
         """Classify a batch.

@@ -14,7 +14,9 @@ from featstore.errors import ConfigError
 from featstore.resident import CaseBags
 from featstore.sampling import cap_slices, limit_slices, sample_bag, sub_cases
 from heads.config import TrainConfig
-from heads.models.standardize import Standardize, usable_deviation
+from heads.models.head import Head
+from heads.models.standardize import LOWERED, Standardize, usable_deviation
+from heads.training.optimizer import choose_amp
 
 
 class TrainingBags:
@@ -141,6 +143,26 @@ def micro_batches(bags: Sequence[Bag], budget: int) -> Iterator[list[Bag]]:
         patches += len(bag)
     if run:
         yield run
+
+
+def lowered(bags: CaseBags, head: Head, config: TrainConfig) -> CaseBags:
+    """The cohort standardised and rounded, as it would be in every step of a training in bf16.
+
+    Where that is done on a CPU, and what comes of it fits in memory beside the embeddings; elsewhere
+    the cohort itself. Every step sees the same numbers either way.
+
+    Args:
+        bags: The cohort.
+        head: Whose mean and deviation are set.
+        config: Resolved (`heads.config.resolved`).
+    """
+    held, low = bags.resident, choose_amp(config.amp, bags.device) == "bf16"
+    if held is None or not low or not head.lowers or bags.device.type != "cpu":
+        return bags
+    viewed = config.views and bags.views > 1
+    if viewed or bags.bytes + held.numel() * LOWERED.itemsize > bags.memory:
+        return bags
+    return bags.with_embeddings(head.standardize.lower(held, LOWERED))
 
 
 def fit_standardize(standardize: Standardize, bags: CaseBags, cases: Sequence[str]) -> None:

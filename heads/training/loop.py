@@ -19,7 +19,7 @@ from featstore.errors import ConfigError, FeatstoreError
 from featstore.resident import CaseBags
 from heads.config import TrainConfig
 from heads.models.head import Fit, Head
-from heads.training.data import TrainingBags, chunks, fit_standardize, micro_batches
+from heads.training.data import TrainingBags, chunks, fit_standardize, lowered, micro_batches
 from heads.training.diagnostics import EpochLog, mean_norm
 from heads.training.objective import Objective, make_class_weights
 from heads.training.optimizer import (
@@ -89,7 +89,7 @@ class Training:
     def __init__(
         self, head: Head, bags: CaseBags, split: Split, config: TrainConfig, class_names: Sequence[str]
     ) -> None:
-        self.config, self.bags, self.split = config, bags, split
+        self.config, self.split = config, split
         self.head = head.to(bags.device)
         labels = [bags.outlines[case].label or 0 for case in split.train]
         if len(set(labels)) < 2:
@@ -107,8 +107,10 @@ class Training:
         self.objective = Objective(config, head, self.class_weights)
         if config.standardize == "train":
             fit_standardize(self.head.standardize, bags, split.train)
+        self.bags = lowered(bags, self.head, config)
         check_solvable(self.head, config)
         self.optimizer = make_optimizer(self.head, config)
+        self._parameters = list(self.head.parameters())
         self.scheduler = None if self.head.solved else make_scheduler(self.optimizer, config)
         self.ema: AveragedModel | None = None
         if config.ema_decay:
@@ -195,7 +197,7 @@ class Training:
                 torch.autograd.backward(self.scaler.scale(terms.total(len(step))))
                 log.add(output, batch, terms)
             self.scaler.unscale_(self.optimizer)
-            norms.append(clip_gradient(self.head.parameters(), config))
+            norms.append(clip_gradient(self._parameters, config))
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.ema is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -143,12 +143,14 @@ def autocast(device: torch.device, amp: Amp) -> torch.autocast:
     return torch.autocast(device.type, kinds[chosen], enabled=chosen != "off")
 
 
-def clip_gradient(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.Tensor:
+def clip_gradient(parameters: Sequence[nn.Parameter], config: TrainConfig) -> torch.Tensor:
     """Clip the gradient as the config says; the gradient's norm, before that."""
-    learned = [p for p in parameters if p.grad is not None]
-    if config.grad_clip == "auto" or not config.grad_clip:
-        return nn.utils.get_total_norm([p.grad for p in learned if p.grad is not None])
-    return nn.utils.clip_grad_norm_(learned, config.grad_clip)
+    gradients = [each.grad for each in parameters if each.grad is not None]
+    # What nn.utils.get_total_norm comes to, which takes longer to get there than this takes.
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if config.grad_clip != "auto" and config.grad_clip:
+        nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
+    return norm
 
 
 def check_solvable(head: Head, config: TrainConfig) -> None:

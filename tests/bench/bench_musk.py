@@ -35,6 +35,7 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import math
 import statistics
 import sys
 import time
@@ -175,7 +176,7 @@ def summary(repetitions: Sequence[Sequence[Record]], labels: Mapping[str, int]) 
         "accuracy": statistics.mean(every),
         "of repetitions": statistics.stdev(means) if len(means) > 1 else 0.0,
         "of folds": statistics.stdev(every),
-        "validation loss": statistics.mean(record["val_loss"] for record in records),
+        "validation loss": statistics.mean(record["val_loss"] or math.nan for record in records),
         "epoch": statistics.median(record["epoch"] for record in records),
         "s": statistics.mean(record["seconds"] for record in records),
     }

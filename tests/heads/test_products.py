@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +15,14 @@ from torch import nn
 from heads.models.attention_pool import AttentionPool, PoolKind
 from heads.models.dropout import Dropout
 from heads.models.outputs import Attention
-from heads.models.pooling import segment_sum, weighted_sum
-from heads.models.projection import project
+from heads.models.pooling import (
+    segment_index,
+    segment_products,
+    segment_sum,
+    softmax_lines,
+    weighted_sum,
+)
+from heads.models.projection import project, scores_of
 from heads.models.standardize import Standardize
 
 E, HIDDEN, D = 6, 4, 5
@@ -63,6 +72,40 @@ def test_a_pool_is_what_its_formula_says(kind: PoolKind, sizes: list[int]) -> No
     pool, members = AttentionPool(E, HIDDEN, kind=kind).double(), random(sum(sizes), E)
     got, want = (_flat(way(members, offsets_of(sizes))) for way in (pool.fused, pool.by_operation))
     assert_alike(got, want, [members, *pool.parameters()])
+
+
+@pytest.mark.parametrize("kind", ["tanh", "gated"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_members_in_memory_by_column_are_pooled_alike(kind: PoolKind, sizes: list[int]) -> None:
+    pool, offsets = AttentionPool(E, HIDDEN, dropout=0.0, kind=kind).double(), offsets_of(sizes)
+    columns = random(E, sum(sizes))
+    got, want = (_flat(pool.fused(members, offsets)) for members in (columns.t(), columns.t().contiguous()))
+    assert_alike(got, want, [columns, *pool.parameters()])
+
+
+@pytest.mark.parametrize("kind", ["tanh", "gated"])
+@pytest.mark.parametrize("sizes", [[1], [7], [5, 1, 3], [1] * 40, [100, 156]], ids=str)
+def test_few_members_are_pooled_as_the_formula_says(kind: PoolKind, sizes: list[int]) -> None:
+    pool, members = AttentionPool(E, HIDDEN, kind=kind).double(), random(sum(sizes), E)
+    got, want = (_flat(way(members, offsets_of(sizes))) for way in (pool.few, pool.by_operation))
+    assert_alike(got, want, [members, *pool.parameters()])
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("k", [1, 3])
+def test_products_with_the_vectors_of_a_segment(sizes: list[int], k: int) -> None:
+    values, each = random(sum(sizes), E), random(len(sizes), k, E, seed=1)
+    want = torch.cat([part @ own.t() for part, own in zip(values.split(sizes), each, strict=True)])
+    assert_alike(segment_products(values, each, offsets_of(sizes)), want, [values, each])
+
+
+def test_offsets_of_equal_length_have_segments_of_their_own() -> None:
+    for sizes in ([1, 4], [2, 3], [4, 1]) * 20:  # made and gone, one often where another was in memory
+        want = [number for number, size in enumerate(sizes) for _ in range(size)]
+        offsets = offsets_of(sizes)
+        assert segment_index(offsets, 5).tolist() == want == segment_index(offsets, 5).tolist()
+        lines = softmax_lines(torch.zeros(5), offsets)
+        assert [int(line.count_nonzero()) for line in lines] == sizes
 
 
 def test_a_pool_drops_what_the_formula_drops() -> None:
@@ -144,10 +187,58 @@ def test_bf16_attention_is_near_that_of_float32(kind: PoolKind) -> None:
         assert error <= 0.03 * float(full.detach().norm()) + 1e-6
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_the_gradient_of_a_bf16_projection_is_near_that_of_float32(p: float) -> None:
+    standardize, layer, dropout = Standardize(64), nn.Linear(64, 32), Dropout(p)
+    features, found = random(700, 64, dtype=torch.float32).detach(), []
+    kept = dropout.kept((700, 32), torch.float32, torch.device("cpu"))
+    for low in (False, True):
+        given = mock.patch.object(dropout, "kept", functools.partial(_as, kept))
+        with torch.autocast("cpu", torch.bfloat16, enabled=low), given:
+            out = project(features, standardize, layer, dropout)
+        assert out.is_contiguous() != low
+        # A gradient by row and one by column are the same to it.
+        weight = random(700, 32, seed=8, dtype=torch.float32).detach().to(out.dtype)
+        for each in (weight, weight.t().contiguous().t()):
+            found.append(torch.autograd.grad((out * each).sum(), layer.parameters(), retain_graph=True))
+    for full, low_row, low_column in zip(found[0], found[2], found[3], strict=True):
+        torch.testing.assert_close(low_row, low_column, rtol=0.01, atol=1e-2)
+        assert float((low_row - full).norm()) <= 0.06 * float(
+            full.norm()
+        )  # of ReLU, some are on the other side
+
+
+def test_bf16_leaves_instance_scores_in_float32() -> None:
+    members, layer = random(500, 64, dtype=torch.float32).detach(), nn.Linear(64, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = scores_of(members, layer)
+    torch.testing.assert_close(scores, layer(members))
+
+
+def test_standardised_features_are_not_standardised_again() -> None:
+    standardize, layer = _standardize(), nn.Linear(D, E)
+    features = random(300, D, dtype=torch.float32).detach()
+    once = standardize.lower(features, torch.bfloat16)
+    assert torch.equal(standardize.lower(once, torch.bfloat16), once)
+    assert torch.equal(standardize(once), once.float())
+    torch.testing.assert_close(standardize.project(once, layer), layer(once.float()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(project(once, standardize, layer), project(features, standardize, layer))
+
+
 def test_standardised_block_by_block_as_at_once() -> None:
     standardize, features = _standardize(), random(1000, D, dtype=torch.float32).detach()
-    got = standardize.lower(features, torch.bfloat16, 2.0)
-    torch.testing.assert_close(got, (2.0 * standardize(features)).to(torch.bfloat16), rtol=2**-7, atol=0)
+    got = standardize.lower(features, torch.bfloat16)
+    torch.testing.assert_close(got, standardize(features).to(torch.bfloat16), rtol=2**-7, atol=0)
+
+
+def _as(
+    kept: torch.Tensor | None, shape: object, dtype: torch.dtype, device: object, by_column: bool
+) -> torch.Tensor | None:
+    """The same elements kept, in another precision and order in memory: in place of `Dropout.kept`."""
+    if kept is None:
+        return None
+    return kept.to(dtype).t().contiguous().t() if by_column else kept.to(dtype)
 
 
 def _flat(found: tuple[torch.Tensor, Attention]) -> torch.Tensor:

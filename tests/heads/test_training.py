@@ -129,6 +129,25 @@ def test_the_gradient_is_clipped_and_its_norm_before_is_logged(bags: CaseBags) -
         assert training.progress.history[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
+@pytest.mark.parametrize("hidden", [True, False], ids=["projected", "as they are"])
+@pytest.mark.parametrize("name", HEADS)
+def test_features_rounded_once_are_those_rounded_in_every_step(
+    bags: CaseBags, name: str, hidden: bool
+) -> None:
+    config = make_config(name, {"dropout": 0.3, "use_hidden_layer": hidden}, epochs=2, amp="bf16")
+    tight = copy.copy(bags)
+    tight.memory = bags.bytes + bags.bytes // bags.resident.element_size() * 2 - 1
+    once, often = trained(bags, config), trained(tight, config)
+    assert (once.bags.resident.dtype == torch.bfloat16) == (name != "dual_stream" or hidden)
+    assert often.bags is tight
+    assert same_bits(once.head.state_dict(), often.head.state_dict())
+    assert history(once) == history(often)
+
+
+def test_features_are_not_rounded_where_precision_is_full(bags: CaseBags) -> None:
+    assert trained(bags, make_config(epochs=1)).bags is bags
+
+
 # Chance
 
 
