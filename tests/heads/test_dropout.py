@@ -19,6 +19,22 @@ def test_it_drops_the_right_share_and_keeps_the_mean(p: float, shape: tuple[int,
     assert y.max().item() * (1 - round(p * 65536) / 65536) == pytest.approx(1, rel=1e-12)
 
 
+@pytest.mark.parametrize("by_column", [False, True])
+@pytest.mark.parametrize("shape", [(8, 16), (40, 60), (601, 700)], ids=["few", "more", "many"])
+def test_it_keeps_the_right_share_in_either_order_in_memory(
+    shape: tuple[int, int], by_column: bool
+) -> None:
+    torch.manual_seed(3)
+    dropout, device = Dropout(0.1), torch.device("cpu")
+    drawn = [dropout.kept(shape, torch.float32, device, by_column) for _ in range(40)]
+    assert {kept.shape for kept in drawn} == {shape}
+    assert all(kept.t().is_contiguous() == by_column for kept in drawn)
+    kept = torch.stack(drawn)
+    assert set(kept.unique().tolist()) == {0.0, 1.0}
+    error = (0.1 * 0.9 / kept.numel()) ** 0.5
+    assert kept.mean().item() == pytest.approx(0.9, abs=5 * error)
+
+
 def test_rows_and_neighbours_are_dropped_independently() -> None:
     torch.manual_seed(1)
     kept = (Dropout(0.5)(torch.ones(64, 4096)) != 0).double() - 0.5
