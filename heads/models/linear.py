@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import nn
 
 from featstore.bags import BagBatch
 from heads.models.config import LinearConfig
+from heads.models.elastic_net import ElasticNetLogistic
 from heads.models.head import Fit, Float32Linear, Head, register_head
 from heads.models.outputs import HeadOutput
 from heads.models.pooling import segment_sum
@@ -27,13 +27,11 @@ _LEAST_L1 = 1e-3
 class Linear(Head):
     """Logits = W z + b, z = the standardised mean Σ x / N over the N patches of a case.
 
-    W and b are not learned step by step: in every epoch scikit-learn's SAGA minimises
-    Σ CE + λ (ρ ‖W‖₁ + (1 − ρ)/2 ‖W‖₂²) over the training cases, with ρ = ``l1_ratio`` and the training's
-    class weights and label smoothing; b is free. The epochs are a path of penalties from λ_max, the least
-    at which W is 0, down to ``path_end`` · λ_max, evenly in log λ; each starts from the one before.
-    SAGA ends where a pass changes no weight by more than 10⁻⁴ of the largest, or after 1,000 passes: with
-    far more features than cases it is then near the minimum, not at it, the more so the weaker the penalty
-    (1,024 features: probabilities within 0.02 on a path of 30 epochs, up to 0.2 where a few epochs leap).
+    W and b are not learned step by step: every epoch gives the minimum of
+    Σ CE + λ (ρ ‖W‖₁ + (1 − ρ)/2 ‖W‖₂²) over the training cases (`ElasticNetLogistic`), ρ = ``l1_ratio``,
+    with the training's class weights and label smoothing; b is free. The epochs are a path of penalties
+    from λ_max, the least at which W is 0, down to ``path_end`` · λ_max, evenly in log λ; each starts from
+    the one before.
     Validation thus chooses λ as it chooses the epoch of other heads, and early stopping ends the path.
     With two classes the penalty is on the difference of the two rows of W, which are ± half of it.
 
@@ -41,8 +39,7 @@ class Linear(Head):
     less than patches, and the penalty should not depend on that. Learning rate, optimiser, clipping, moving
     average and dropout have nothing to act on. There is no attention.
 
-    Source: Zou and Hastie 2005 (elastic net); the path of Friedman, Hastie and Tibshirani 2010 (glmnet);
-    Defazio, Bach and Lacoste-Julien 2014 (SAGA, arXiv 1407.0202).
+    Source: Zou and Hastie 2005 (elastic net); the path of Friedman, Hastie and Tibshirani 2010 (glmnet).
 
     Args:
         dim: D, the number of features.
@@ -97,38 +94,20 @@ class Linear(Head):
         self, x: NDArray[np.float64], y: NDArray[np.int64], fit: Fit, penalty: float
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(C, D) weights and (C,) biases at the minimum, from (B, D) means and (B,) labels."""
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-
         before = self.classifier.weight.double().cpu().numpy()
         share = soft_labels(y, len(before), fit)
         known = np.flatnonzero(share.sum(0))
-        l1 = self.config.l1_ratio
-        largest = largest_penalty(x, share) / max(l1, _LEAST_L1)
-        model = LogisticRegression(
-            C=1 / (penalty * largest) if largest else 1.0,
-            l1_ratio=l1,
-            solver="saga",
-            max_iter=1000,
-            random_state=fit.seed % 2**32,
-            warm_start=True,
-        )
-        rows, free = before[known], np.log(share.sum(0)[known])
-        model.coef_ = rows[1:] - rows[:1] if len(known) == 2 else rows
-        null = free[1:] - free[:1] if len(known) == 2 else free - free.mean()  # b at the minimum if W = 0
-        model.intercept_ = null.copy()
-        # A case counts once for every class that it is of in part.
-        case, column = np.nonzero(share)
-        with warnings.catch_warnings():
-            # A weak penalty on few cases has its minimum far away; validation judges what is found.
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(x[case], column, sample_weight=share[case, column])
-        # SAGA ends as soon as W stands still, wherever b is: with W = 0 after one pass.
-        found, free = model.coef_, model.intercept_ if model.coef_.any() else null
+        problem = ElasticNetLogistic(x, share[:, known])
+        strength = penalty * problem.largest / max(self.config.l1_ratio, _LEAST_L1)
+        rows, free = before[known], problem.null
+        start = rows[1:] - rows[:1] if len(known) == 2 else rows
+        if strength:
+            l1 = self.config.l1_ratio
+            start, free = problem.minimum(start, free, strength * l1, strength * (1 - l1))
         if len(known) == 2:
-            found, free = np.concatenate((-found, found)) / 2, np.concatenate((-free, free)) / 2
+            start, free = np.concatenate((-start, start)) / 2, np.concatenate((-free, free)) / 2
         weight, bias = np.zeros_like(before), np.full(len(before), free.mean() + _ABSENT)
-        weight[known], bias[known] = found, free
+        weight[known], bias[known] = start, free
         return weight, bias
 
 
@@ -144,14 +123,3 @@ def soft_labels(y: NDArray[np.int64], classes: int, fit: Fit) -> NDArray[np.floa
     if fit.class_weights is not None:
         share *= fit.class_weights.double().cpu().numpy()[y][:, None]
     return np.asarray(share)
-
-
-def largest_penalty(x: NDArray[np.float64], share: NDArray[np.float64]) -> float:
-    """The least weight of ‖W‖₁ at which W = 0 minimises Σ CE: the largest derivative there.
-
-    Args:
-        x: (B, D).
-        share: (B, C) of `soft_labels`.
-    """
-    prior = share.sum(0) / share.sum()
-    return float(np.abs(x.T @ (share - share.sum(1, keepdims=True) * prior)).max())
