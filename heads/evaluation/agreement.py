@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from featstore.cohort.names import natural_key
 from heads.evaluation.results import ATTENTION
 from heads.evaluation.runs import RunError
-from heads.evaluation.studies import Study
+from heads.evaluation.studies import Study, counted
 from heads.evaluation.study_results import StudyResults
 
 TOP = 0.05  # of a case's patches, at least one
@@ -50,8 +50,9 @@ class Agreement:
         """One line."""
         means = self.to_json()
         shown = {name: "undefined" if means[name] is None else f"{means[name]:.3f}" for name in _NUMBERS}
+        pairs = counted(len(self.table), "pair")
         return (
-            f"attention of two seeds, mean of {len(self.table)} pairs: Jensen-Shannon divergence "
+            f"attention of two seeds, mean of {pairs}: Jensen-Shannon divergence "
             f"{shown['jensen_shannon']} (0: equal, 1: apart), overlap of the top 5% "
             f"{shown['top_5pct_overlap']}, rank correlation {shown['spearman']}"
         )

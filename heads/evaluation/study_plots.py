@@ -38,7 +38,7 @@ def plot_study(
     """
     drawn: dict[str, Figure | None] = dict.fromkeys(("roc", "case_probabilities", "metrics_by_fold"))
     if whole is not None:
-        drawn["roc"] = _roc_figure(results.class_names, seeds, whole)
+        drawn["roc"] = _roc_figure(results, seeds, whole)
         drawn["case_probabilities"] = _case_figure(results)
         drawn["metrics_by_fold"] = _fold_figure(results)
     written = []
@@ -65,9 +65,12 @@ def roc(positive: NDArray[np.bool_], score: Floats) -> tuple[Floats, Floats]:
 
 
 def _roc_figure(
-    names: tuple[str, ...], seeds: Mapping[int, CasePredictions], whole: CasePredictions
+    results: StudyResults, seeds: Mapping[int, CasePredictions], whole: CasePredictions
 ) -> Figure | None:
     """One panel of two classes, else one a class against the rest."""
+    names, done, wanted = results.class_names, len(results.finished), len(results.trainings)
+    what = "test cases of all folds" if done == wanted else f"test cases of {done} of {wanted} trainings"
+    together = "ensemble of the seeds" if done == wanted else "ensemble of what is there"
     classes = [1] if len(names) == 2 else range(len(names))
     shown = [c for c in classes if 0 < (whole.labels == c).sum() < len(whole.labels)]
     if not shown:
@@ -80,13 +83,13 @@ def _roc_figure(
         for number, (seed, each) in enumerate(seeds.items()):
             _curve(axes, each, c, f"seed {seed}", number, len(seeds))
         if len(seeds) > 1:
-            _curve(axes, whole, c, "ensemble of the seeds", None, 1)
+            _curve(axes, whole, c, together, None, 1)
         axes.plot([0, 1], [0, 1], color="0.7", linestyle=":", linewidth=1.0)
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
         axes.set(xlabel="false positive rate", ylabel="true positive rate")
         axes.set_title(f"ROC, {shorten(names[c])} against the rest", fontsize=11, parse_math=False)
         axes.grid(visible=True, color="0.9", linewidth=0.8)
-        axes.legend(loc="lower right", fontsize=8, title="test cases of all folds")
+        axes.legend(loc="lower right", fontsize=8, title=what)
     for axes in grid[len(shown) :]:
         axes.remove()
     return figure
@@ -156,7 +159,7 @@ def _case_figure(results: StudyResults) -> Figure:
     axes.set(
         xlim=(-1, places[-1] + 1),
         ylim=(-0.07, 1.03),
-        xlabel="cases, by true class and median (box: quartiles; whiskers: least, largest)",
+        xlabel=_CASES,
     )
     axes.set_ylabel("probability of the true class")
     trainings = len(results.finished)
