@@ -98,6 +98,8 @@ class BagBatch:
         stain_ids: (ΣT,) int64.
         labels: (B,) int64, or None.
         case_ids: B case ids.
+        standardized: Whether ``features`` are standardised already, as a training does it once for heads
+            that take them so (`heads.models.head.Head.lowers`); never in evaluation.
     """
 
     features: torch.Tensor
@@ -109,6 +111,7 @@ class BagBatch:
     stain_ids: torch.Tensor
     labels: torch.Tensor | None
     case_ids: tuple[str, ...]
+    standardized: bool = False
 
     def __len__(self) -> int:
         return len(self.case_ids)

@@ -25,5 +25,9 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield aside
         os.replace(aside, target)
+    except OSError as error:
+        if error.filename == str(aside):  # a name that nobody gave
+            error.filename = str(path)
+        raise
     finally:
         aside.unlink(missing_ok=True)

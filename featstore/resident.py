@@ -76,6 +76,7 @@ class CaseBags:
         if memory is None:
             memory = memory_budget("auto", self.device)
         self.memory = memory
+        self._standardized = False
         self._views: torch.Tensor | None = None
         self._mapped_views = MappedRows(store.spec.stored_dtype, store.spec.dim, self._count)
         if size <= memory:
@@ -96,10 +97,10 @@ class CaseBags:
         held = [each for each in (self.resident, self._views) if each is not None]
         return sum(each.numel() * each.element_size() for each in held)
 
-    def with_embeddings(self, resident: torch.Tensor) -> CaseBags:
-        """The same cases, with (N, D) other embeddings of their patches in memory."""
+    def with_standardized(self, resident: torch.Tensor) -> CaseBags:
+        """The same cases, with (N, D) standardised embeddings of their patches in memory."""
         found = copy.copy(self)
-        found.resident = resident
+        found.resident, found._standardized = resident, True
         return found
 
     def _load(self, row: tuple[int, ...], read: Callable[[str, torch.Tensor], object]) -> torch.Tensor:
@@ -169,7 +170,7 @@ class CaseBags:
         batch = collate(bags)
         if self.device.type != "cpu":
             batch = batch.pin_memory().to(self.device)
-        return replace(batch, features=self._embeddings(bags))
+        return replace(batch, features=self._embeddings(bags), standardized=self._standardized)
 
     def _embeddings(self, bags: Sequence[Bag]) -> torch.Tensor:
         cases = [self._case(bag) for bag in bags]

@@ -143,7 +143,7 @@ class MadeUpCases(CaseBags):
     """Made-up cases in memory: 3 stains of 5 slices each, sizes given."""
 
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
-        self.device, self.views, self._views = device, 1, None
+        self.device, self.views, self._views, self._standardized = device, 1, None, False
         self.memory = memory_budget("auto", device)
         self.outlines = {str(i): _outline(i, size, sum(sizes[:i])) for i, size in enumerate(sizes)}
         self._by_row = case_of_row(self.outlines)

@@ -46,18 +46,7 @@ def import_checkpoint(
     config = _own_config(config, found)
     store = Store.open(project / config.store.path)
     _check_dim(found, store)
-    if config.train.load_splits is not None:
-        names, labels, split = read_cohort(config, project, store, tell)
-        check_threshold(config.runs, [labels[case] for case in split.val], names)
-    else:
-        _check_nothing_fitted(config)
-        cohort = labelled_cases(config, project, store, tell)
-        names, labels = cohort.class_names, cohort.labels
-        split = Split((), (), tuple(natural_sorted(labels)))
-        tell(
-            "warning: no splits are named, and all labelled cases are evaluated, those too that the "
-            "checkpoint was trained on: --load-splits FILE"
-        )
+    names, labels, split = _cases(config, project, store, tell)
     _check_classes(found, names)
     bags = load_bags(config, store, labels, tell)
     imported: dict[str, Any] = {
@@ -79,6 +68,23 @@ def import_checkpoint(
     tell(f"{run.path}: {found.to_text()}; {sizes(split)}, {bags.device}")
     tell(f"the checkpoint's outputs are taken for {order}: the order of `classes`")
     return evaluate_run(run, config, about, bags, split, tell)
+
+
+def _cases(
+    config: Config, project: Path, store: Store, tell: Callable[[str], None]
+) -> tuple[list[str], dict[str, int], Split]:
+    """Names of the classes, class index by case, and the split that is named; else all are test cases."""
+    if config.train.load_splits is not None:
+        names, labels, split = read_cohort(config, project, store, tell)
+        check_threshold(config.runs, [labels[case] for case in split.val], names)
+        return names, labels, split
+    _check_nothing_fitted(config)
+    cohort = labelled_cases(config, project, store, tell)
+    tell(
+        "warning: no splits are named, and all labelled cases are evaluated, those too that the "
+        "checkpoint was trained on: --load-splits FILE"
+    )
+    return cohort.class_names, cohort.labels, Split((), (), tuple(natural_sorted(cohort.labels)))
 
 
 def _own_config(config: Config, found: LabCheckpoint) -> Config:

@@ -54,7 +54,7 @@ def train_project(
     runs = project / config.runs.path
     with ExitStack() as holding:
         if resume is not None:
-            run = find_run(runs, _run_of(resume), finished=False)
+            run = find_run(runs, _run_of(resume), finished=False, or_study=True)
             about = read_about(run)
             refuse_imported(run, about)
             holding.enter_context(held(run.locked))

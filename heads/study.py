@@ -247,14 +247,20 @@ def _train(study: Study, project: Path, bags: list[CaseBags], tell: Callable[[st
         memory += bags[0].bytes // 2  # half of what was free before
     count = process_count(study.config, bags[0], len(todo), memory)
 
+    told: set[str] = set()
+
     def show(outcome: Outcome) -> None:
         nonlocal number
+        for remark in outcome.remarks:  # of fifty trainings alike, once
+            if remark not in told:
+                tell(remark)
+        told.update(outcome.remarks)
         number += outcome.status != "interrupted"
         tell(f"[{number:{len(str(total))}}/{total}] {outcome.to_text()}")
 
     with stop_on_signal() as received:
         if count == 1:
-            train_in_turn(study, bags[0], todo, received, show, tell)
+            train_in_turn(study, bags[0], todo, received, show)
         else:
             bags.clear()
             tell(f"{count} trainings at once")

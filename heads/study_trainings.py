@@ -34,12 +34,13 @@ _POLL_SECONDS = 0.2  # how long a signal may go unnoticed while other processes 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one training ended, and a line about it."""
+    """How one training ended, a line about it, and what was remarked on the way."""
 
     fold: int
     seed: int
     status: Status
     text: str
+    remarks: tuple[str, ...] = ()
 
     def to_text(self) -> str:
         """One line."""
@@ -52,7 +53,6 @@ def train_one(
     fold: int,
     seed: int,
     received: Sequence[int],
-    tell: Callable[[str], None] = lambda text: None,
     observe: Callable[[Progress, int], None] = lambda progress, epochs: None,
 ) -> Outcome:
     """One training of a study, by the code of a single run; whatever goes wrong is recorded.
@@ -63,10 +63,9 @@ def train_one(
         fold: Which split, from 0.
         seed: Of the training.
         received: Signals, looked at between epochs.
-        tell: Called with remarks.
         observe: Called after every epoch.
     """
-    folder, config = study.folder, study.config_of(fold, seed)
+    folder, config, remarks = study.folder, study.config_of(fold, seed), list[str]()
     try:
         split, status = study.split_of(fold), folder.status(fold, seed)
         run = folder.training(fold, seed)
@@ -81,17 +80,18 @@ def train_one(
             restore(training, run, config, about)
         else:
             begin(run, config, about, split)
-        done = train_run(run, training, config, about, received, tell, observe)
+        done = train_run(run, training, config, about, received, remarks.append, observe)
     except Exception as error:  # a plugin's or torch's too: the other trainings go on
         line = record_failure(folder, fold, seed, error)
-        return Outcome(fold, seed, "failed", f"failed: {line}")
+        return Outcome(fold, seed, "failed", f"failed: {line}", tuple(remarks))
     progress = training.progress
     if done.interrupted is not None:
-        return Outcome(fold, seed, "interrupted", f"interrupted after {progress.epoch} epochs")
+        text = f"interrupted after {progress.epoch} epochs"
+        return Outcome(fold, seed, "interrupted", text, tuple(remarks))
     seconds = sum(row["seconds"] for row in progress.history)
     text = f"best epoch {progress.best_epoch} of {progress.epoch}, "
     text += f"validation loss {progress.best_val_loss:.4f}, {seconds:.1f} s"
-    return Outcome(fold, seed, "finished", text)
+    return Outcome(fold, seed, "finished", text, tuple(remarks))
 
 
 def train_in_turn(
@@ -100,13 +100,12 @@ def train_in_turn(
     todo: Sequence[tuple[int, int]],
     received: Sequence[int],
     show: Callable[[Outcome], None],
-    tell: Callable[[str], None],
 ) -> None:
     """Train one after the other in this process, until done or told to stop."""
     for fold, seed in todo:
         if received:
             return
-        outcome = train_one(study, bags, fold, seed, received, tell)
+        outcome = train_one(study, bags, fold, seed, received)
         if outcome.status == "failed" and bags.device.type == "cuda":
             torch.cuda.empty_cache()  # what ran out of memory must not starve the next
         show(outcome)

@@ -327,7 +327,25 @@ def test_a_study_is_no_run_and_a_run_no_study(whole: Path, project: Path) -> Non
     refused(whole, "evaluate", "--study", "none", says=("is no study", "study_…"))
     refused(whole, "evaluate", study.name, "--study", study.name, says=("--study with a run",))
     refused(whole, "train-head", "--resume", study.name, "--seeds", 3, says=("with --resume",))
-    refused(whole, "compare", study.name, "none", says=("none is no run",))
+    either = ("none is no run and no study", "run.json or study.json")
+    refused(whole, "compare", study.name, "none", says=either)
+    refused(whole, "train-head", "--resume", "none", says=either)
+
+
+def test_a_table_that_cannot_be_written_is_named_as_it_was_given(whole: Path, tmp_path: Path) -> None:
+    study, path = study_of(whole), tmp_path / "none" / "table.csv"
+    message = refused(whole, "compare", study.name, study.name, "--csv", path, says=(f"where: {path}",))
+    assert ".part" not in message
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_all_trainings_remark_is_told_once(project: Path, processes: int) -> None:
+    flags = ("--seeds", 3, "--epochs", 1, "--model", "mean", "--analyze-attention")
+    said = succeeded(project, "train-head", *flags, "--processes", processes).stdout
+    assert said.count("warning: no attention table: this head has no attention") == 1
+    assert "[3/3]" in said
+    assert "seed 42, " in said  # one split: nothing is pooled
+    assert "pooled" not in said.split("[3/3]")[1]
 
 
 @pytest.mark.parametrize("name", ["results.json", "metrics.json", "history.csv"])

@@ -14,7 +14,7 @@ from featstore.cohort.names import natural_sorted
 from featstore.cohort.tables import write_csv
 from heads.config import RunsConfig
 from heads.evaluation.metrics import BLOCK, Estimate, evaluate, interval_of, resample, weighted_statistics
-from heads.evaluation.runs import RunError, find_run, read_config
+from heads.evaluation.runs import RunError, find_run, read_about, read_config
 from heads.evaluation.studies import counted, is_study, open_study
 from heads.evaluation.study_results import (
     CasePredictions,
@@ -157,14 +157,19 @@ def read_contender(
             every fold.
     """
     if not is_study(runs, wanted):
-        run = find_run(runs, wanted)
+        run = find_run(runs, wanted, or_study=True)
         if not run.finished:
             raise _nothing(run.path, f"featstore train-head --resume {run.path}")
         results = read_run_results(run)
         if given is not None:
             tell_not_used(given, read_config(run).runs, run.path, tell)
         names = tuple(results["test"]["class_names"])
-        return Contender(run.path, "a run", names, [_of_run(results["test"])])
+        imported, kind = read_about(run).get("imported"), "a run"
+        if imported is not None:
+            kind = "an imported checkpoint"
+            if imported["splits"] is None:
+                kind += " on all labelled cases, those it was trained on perhaps among them"
+        return Contender(run.path, kind, names, [_of_run(results["test"])])
     study = open_study(runs, wanted)
     found = read_results(study)
     path, whole = study.folder.path, found.whole_seeds

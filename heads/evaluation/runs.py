@@ -114,13 +114,14 @@ def new_folder(runs: Path, kind: str, suffix: str | None, now: datetime | None =
         return path
 
 
-def find_run(runs: Path, wanted: Path | None, finished: bool = True) -> RunFolder:
+def find_run(runs: Path, wanted: Path | None, finished: bool = True, or_study: bool = False) -> RunFolder:
     """The run that is named, else the newest.
 
     Args:
         runs: The folder of runs.
         wanted: A path, or the name of a folder in ``runs``.
         finished: Only finished ones, where none is named.
+        or_study: Whether a study would have done too, for the reader of the error.
 
     Raises:
         RunError: There is none.
@@ -137,8 +138,8 @@ def find_run(runs: Path, wanted: Path | None, finished: bool = True) -> RunFolde
                     fix=f"featstore evaluate --study {wanted}, or name one of {path / 'trainings'}",
                 )
         raise RunError(
-            f"{wanted} is no run",
-            expected="a folder that holds run.json",
+            f"{wanted} is no run{' and no study' if or_study else ''}",
+            expected=f"a folder that holds run.json{' or study.json' if or_study else ''}",
             where=str(wanted),
             fix=f"choose one of the folders in {runs}",
         )

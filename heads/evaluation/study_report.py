@@ -123,7 +123,7 @@ class StudyReport:
         rows = {f"each training alone, mean ± sd of {len(done)}": {k: _spread(means[k]) for k in SHOWN}}
         for seed, metrics in self.pooled.items():
             mine = sum(each.seed == seed for each in done)
-            name = f"folds of seed {seed} pooled"
+            name = f"folds of seed {seed} pooled" if folds > 1 else f"seed {seed}"
             if mine < folds:
                 name = f"{mine} of {folds} folds of seed {seed}"
             rows[f"{name}, {metrics.n} cases"] = {k: _shown(getattr(metrics, k)) for k in SHOWN}

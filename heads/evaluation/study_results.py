@@ -175,6 +175,10 @@ def _strange(table: pd.DataFrame) -> str:
                 return (
                     f"fold {fold}: seeds {first} and {seed} have different test cases, such as {differ[0]}"
                 )
+    lacking = table[table["threshold"].isna()]
+    if 0 < len(lacking) < len(table):
+        fold, seed = lacking.iloc[0][["fold", "seed"]]
+        return f"fold {fold}, seed {seed} has no threshold, and others have one"
     return ""
 
 

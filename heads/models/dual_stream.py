@@ -85,7 +85,8 @@ class DualStream(Head):
         if self.hidden is None:
             instances = self.dropout(self.standardize(batch.features))
         else:
-            instances = project(batch.features, self.standardize, self.hidden, self.dropout)
+            standardize, given = self.standardize, batch.standardized
+            instances = project(batch.features, standardize, self.hidden, self.dropout, given)
         scores = self.score(instances).squeeze(-1)
         selection = segment_softmax(scores / temperature, offsets)
         critical = weighted_sum(selection, instances, offsets)

@@ -12,6 +12,7 @@ Floats = NDArray[np.float64]
 # Of the largest derivative where W is 0: closer to a minimum no validation loss tells the difference.
 _TOLERANCE = 1e-4
 _STEPS, _HALVINGS = 200, 30
+_SWEEPS = 20  # of coordinate descent a step: what is not found goes on in the next, from nearer
 _NO_GAIN = 1e-13  # of the objective: what rounding leaves
 # A case that is all but certain still counts for so much: its own weight would vanish.
 _LEAST_VARIANCE = 1e-5
@@ -23,7 +24,8 @@ class ElasticNetLogistic:
     Newton's method with the penalty left as it is: around the W and b at hand each class' part of Σ CE is
     a weighted sum of squares, whose minimum with the penalty scikit-learn's coordinate descent finds; a
     step that would not lower the objective is halved until it does. With two classes W and b are
-    those of the second class against the first.
+    those of the second class against the first. Three classes or more are taken in turn, which with far
+    more features than cases and a weak penalty may not be done after the 200 rounds after which it ends.
 
     Source: Friedman, Hastie and Tibshirani 2010 (glmnet), section 3.
 
@@ -33,6 +35,8 @@ class ElasticNetLogistic:
     """
 
     def __init__(self, x: Floats, share: Floats) -> None:
+        counted = share.sum(1) > 0  # of a class of weight 0 a case has none
+        x, share = x[counted], share[counted]
         self._x, self._share, self._total = x, share, share.sum(1)
         prior = np.log(share.sum(0))
         # What is fitted: every class, or of two the second.
@@ -101,7 +105,9 @@ def _least_squares(
     else:
         # Its weights sum to the number of cases, and its squares are divided by that.
         alpha = (l1 + l2) / variance.sum()
-        model = ElasticNet(alpha=alpha, l1_ratio=l1 / (l1 + l2), warm_start=True, tol=1e-8)
+        model = ElasticNet(
+            alpha=alpha, l1_ratio=l1 / (l1 + l2), warm_start=True, max_iter=_SWEEPS, tol=1e-8
+        )
         model.coef_ = start.copy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the next step of Newton's goes on from it

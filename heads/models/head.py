@@ -57,7 +57,7 @@ class Head(nn.Module):
         solved: Whether `solve` finds the weights of an epoch, in place of optimiser steps.
         standardize: Mean and deviation of the training cases, as buffers.
         lowers: Whether features go through `project` alone, which under autocast rounds them once they
-            are standardised: a training may then do so once, before its first step.
+            are standardised: a training may then do so once, before its first step (`lowered`).
     """
 
     levels: ClassVar[tuple[str, ...]] = ()
@@ -122,7 +122,8 @@ class ProjectedHead(Head):
 
     def embed(self, batch: BagBatch) -> torch.Tensor:
         """(ΣP, E) h of every patch."""
-        return project(batch.features, self.standardize, self.projector, self.projector_dropout)
+        standardize, layer, dropout = self.standardize, self.projector, self.projector_dropout
+        return project(batch.features, standardize, layer, dropout, batch.standardized)
 
 
 class Float32Linear(nn.Linear):

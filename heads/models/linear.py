@@ -99,8 +99,11 @@ class Linear(Head):
         known = np.flatnonzero(share.sum(0))
         problem = ElasticNetLogistic(x, share[:, known])
         strength = penalty * problem.largest / max(self.config.l1_ratio, _LEAST_L1)
-        rows, free = before[known], problem.null
+        rows, free = before[known], self.classifier.bias.double().cpu().numpy()[known]
         start = rows[1:] - rows[:1] if len(known) == 2 else rows
+        free = free[1:] - free[:1] if len(known) == 2 else free
+        if not start.any() or not fit.standardize:  # unstandardised, b holds what centring took
+            free = problem.null
         if strength:
             l1 = self.config.l1_ratio
             start, free = problem.minimum(start, free, strength * l1, strength * (1 - l1))

@@ -6,7 +6,7 @@ stays float64), with torch's own operations, and gives the same bits on every ru
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,27 +25,40 @@ _INDEX, _INSIDE = WeakIdKeyDictionary(), WeakIdKeyDictionary()
 
 
 def segment_index(offsets: torch.Tensor, members: int) -> torch.Tensor:
-    """(N,) int64: the segment of each of N members, from (G + 1,) offsets, which never change."""
-    found: torch.Tensor | None = _INDEX.get(offsets)  # type: ignore[no-untyped-call]
-    if found is None:
+    """(N,) int64: the segment of each of N members, from (G + 1,) offsets."""
+
+    def find() -> torch.Tensor:
         if len(offsets) == 2:  # one segment, as a case by itself is: here and below in fewer steps
-            found = offsets.new_zeros(members)
-        else:
-            segments = torch.arange(len(offsets) - 1, device=offsets.device)
-            # With the size told, a GPU need not be waited for.
-            found = torch.repeat_interleave(segments, offsets.diff(), output_size=members)
-        _INDEX[offsets] = found
-    return found
+            return offsets.new_zeros(members)
+        segments = torch.arange(len(offsets) - 1, device=offsets.device)
+        # With the size told, a GPU need not be waited for.
+        return torch.repeat_interleave(segments, offsets.diff(), output_size=members)
+
+    return _known(_INDEX, offsets, find)
 
 
 def _inside(offsets: torch.Tensor, members: int) -> torch.Tensor:
     """(G, N) bool: whether a member is of a segment."""
-    found: torch.Tensor | None = _INSIDE.get(offsets)  # type: ignore[no-untyped-call]
-    if found is None:
+
+    def find() -> torch.Tensor:
         segments = torch.arange(len(offsets) - 1, device=offsets.device)
-        found = segments[:, None] == segment_index(offsets, members)
-        _INSIDE[offsets] = found
-    return found
+        return segments[:, None] == segment_index(offsets, members)
+
+    return _known(_INSIDE, offsets, find)
+
+
+def _known(
+    memo: WeakIdKeyDictionary, offsets: torch.Tensor, find: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """What was found about offsets that have not changed since, or is found now."""
+    # What is made in inference mode is no use in training.
+    if torch.is_inference_mode_enabled() or offsets.is_inference():
+        return find()
+    version, found = memo.get(offsets, (-1, None))  # type: ignore[no-untyped-call]
+    if found is None or version != offsets._version:
+        found = find()
+        memo[offsets] = offsets._version, found
+    return found  # type: ignore[no-any-return]
 
 
 def segment_sum(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

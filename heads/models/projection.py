@@ -17,6 +17,7 @@ def project(
     standardize: Standardize,
     layer: nn.Linear,
     dropout: Dropout | None = None,
+    standardized: bool = False,
 ) -> torch.Tensor:
     """``Dropout(ReLU(layer((features − mean) / std)))``.
 
@@ -25,11 +26,12 @@ def project(
         standardize: Mean and deviation.
         layer: D → E.
         dropout: Of the result; none where it is None, or not in training.
+        standardized: Whether the features are so already.
 
     Returns:
-        (ΣP, E), in autocast's precision where there is one.
+        (ΣP, E), in autocast's precision where there is one; in memory by column where that is faster.
     """
-    inputs, weight, bias = standardize.fold(features, layer)
+    inputs, weight, bias = standardize.fold(features, layer, standardized)
     # By column, so that the gradient of the weights takes half the time in bf16; a GPU wants rows.
     low, learned = inputs.dtype == torch.bfloat16, torch.is_grad_enabled()
     by_column = low and learned and inputs.device.type == "cpu"
@@ -71,7 +73,12 @@ class _Projection(torch.autograd.Function):
     ) -> torch.Tensor:
         low = weight.to(x.dtype)
         # Not addmm, which on a CPU takes a sixth longer than the bare product.
-        out = torch.mm(low, x.t()).t() if by_column else torch.mm(x, low.t())
+        shape = (len(x), len(low))
+        if by_column:
+            out = torch.empty_strided(shape, (1, len(x)), dtype=x.dtype, device=x.device)
+            torch.mm(low, x.t(), out=out.t())
+        else:
+            out = torch.mm(x, low.t())
         # c·ReLU(x) = ReLU(c·x), and with the sum the factor costs nothing.
         torch.add((scale * bias).to(x.dtype), out, alpha=scale, out=out).clamp_min_(0)
         if kept is not None:

@@ -8,8 +8,6 @@ from torch import nn
 # Below this a feature counts as constant; below this share of the median one, as nearly constant.
 _LEAST_DEVIATION, _LEAST_SHARE = 1e-6, 0.01
 _BLOCK = 256  # rows at once: what fits in a core's cache
-# Features of this precision are standardised already: no store has it.
-LOWERED = torch.bfloat16
 
 
 class Standardize(nn.Module):
@@ -40,7 +38,7 @@ class Standardize(nn.Module):
         return nn.functional.linear(*self.fold(features, layer))
 
     def fold(
-        self, features: torch.Tensor, layer: nn.Linear
+        self, features: torch.Tensor, layer: nn.Linear, standardized: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Input, weight and bias of the product that ``layer((features − mean) / std)`` is.
 
@@ -51,6 +49,7 @@ class Standardize(nn.Module):
         Args:
             features: (ΣP, D).
             layer: D → E.
+            standardized: Whether the features are so already.
 
         Returns:
             (ΣP, D), in the precision of the product; (E, D), (E,).
@@ -58,24 +57,21 @@ class Standardize(nn.Module):
         bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
         kind = features.device.type
         if torch.is_autocast_enabled(kind):
-            return self.lower(features, torch.get_autocast_dtype(kind)), layer.weight, bias
-        if features.dtype == LOWERED:
+            low = torch.get_autocast_dtype(kind)
+            return features.to(low) if standardized else self.lower(features, low), layer.weight, bias
+        if standardized:
             return features.to(layer.weight.dtype), layer.weight, bias
         weight = layer.weight / self.std
         return features.to(weight.dtype), weight, bias - weight @ self.mean
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(ΣP, D) standardised features."""
-        if features.dtype == LOWERED:
-            return features.to(self.mean.dtype)
         # One multiplication and addition a number: a division takes ten times as long on a CPU.
         factor = self.std.reciprocal()
         return torch.addcmul(-self.mean * factor, features.to(self.mean.dtype), factor)
 
     def lower(self, features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """(ΣP, D) standardised features, rounded to a lower precision."""
-        if features.dtype == LOWERED:
-            return features.to(dtype)
         if features.requires_grad or features.device.type != "cpu":
             return self.forward(features).to(dtype)
         factor = self.std.reciprocal()

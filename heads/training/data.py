@@ -15,7 +15,7 @@ from featstore.resident import CaseBags
 from featstore.sampling import cap_slices, limit_slices, sample_bag, sub_cases
 from heads.config import TrainConfig
 from heads.models.head import Head
-from heads.models.standardize import LOWERED, Standardize, usable_deviation
+from heads.models.standardize import Standardize, usable_deviation
 from heads.training.optimizer import choose_amp
 
 
@@ -148,21 +148,24 @@ def micro_batches(bags: Sequence[Bag], budget: int) -> Iterator[list[Bag]]:
 def lowered(bags: CaseBags, head: Head, config: TrainConfig) -> CaseBags:
     """The cohort standardised and rounded, as it would be in every step of a training in bf16.
 
-    Where that is done on a CPU, and what comes of it fits in memory beside the embeddings; elsewhere
-    the cohort itself. Every step sees the same numbers either way.
+    Where that is done on a CPU, by a head of our own, and what comes of it fits in memory beside the
+    embeddings; elsewhere the cohort itself. Every step computes the same numbers either way.
 
     Args:
         bags: The cohort.
         head: Whose mean and deviation are set.
         config: Resolved (`heads.config.resolved`).
     """
-    held, low = bags.resident, choose_amp(config.amp, bags.device) == "bf16"
-    if held is None or not low or not head.lowers or bags.device.type != "cpu":
+    held, low = bags.resident, torch.bfloat16
+    if held is None or bags.device.type != "cpu" or choose_amp(config.amp, bags.device) != "bf16":
+        return bags
+    # What is derived from a head of ours may read the features themselves, and wants them as they are.
+    if not head.lowers or not type(head).__module__.startswith("heads.models."):
         return bags
     viewed = config.views and bags.views > 1
-    if viewed or bags.bytes + held.numel() * LOWERED.itemsize > bags.memory:
+    if viewed or bags.bytes + held.numel() * low.itemsize > bags.memory:
         return bags
-    return bags.with_embeddings(head.standardize.lower(held, LOWERED))
+    return bags.with_standardized(head.standardize.lower(held, low))
 
 
 def fit_standardize(standardize: Standardize, bags: CaseBags, cases: Sequence[str]) -> None:

@@ -146,6 +146,8 @@ def autocast(device: torch.device, amp: Amp) -> torch.autocast:
 def clip_gradient(parameters: Sequence[nn.Parameter], config: TrainConfig) -> torch.Tensor:
     """Clip the gradient as the config says; the gradient's norm, before that."""
     gradients = [each.grad for each in parameters if each.grad is not None]
+    if not gradients:
+        return torch.zeros(())
     # What nn.utils.get_total_norm comes to, which takes longer to get there than this takes.
     norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     if config.grad_clip != "auto" and config.grad_clip:

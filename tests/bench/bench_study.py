@@ -40,7 +40,7 @@ def make_project(folder: Path) -> None:
     per_slice = PATCHES // (CASES * STAINS * SLICES)
     left = PATCHES - per_slice * CASES * STAINS * SLICES
     writer = StoreWriter(folder / "store", make_spec(dim=DIM), {})
-    lines = ["case_id,label"]
+    lines = ["Case,Class"]
     for number in range(CASES):
         label = number % 2
         slices = []

@@ -233,6 +233,12 @@ def test_without_splits_all_labelled_cases_are_test_cases_and_it_is_told(project
         refused(project, "import", "lab.pth", *flags, says=("no threshold or calibration",))
 
 
+def test_what_an_imported_run_is_compared_by_is_said(project: Path) -> None:
+    run = answer(project, "import", "lab.pth")["run"]
+    said = succeeded(project, "compare", run, run).stdout
+    assert "an imported checkpoint on all labelled cases, those it was trained on perhaps among" in said
+
+
 def test_an_imported_run_cannot_be_resumed(project: Path) -> None:
     run = answer(project, "import", "lab.pth")["run"]
     refused(project, "train-head", "--resume", run, says=("imported checkpoint", "featstore evaluate"))

@@ -161,6 +161,22 @@ def test_the_minimum_with_far_more_features_than_cases(
     assert (np.abs(w) > 1e-3).sum() > 20
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_class_of_weight_0_has_no_say(smoothing: float) -> None:
+    weights, batch = torch.tensor([1.0, 2.0, 0.0]), batch_of(3)
+    found = []
+    for changed in (0.0, 50.0):
+        features = batch.features + changed * (batch.labels == 2)[batch.patch_to_case][:, None]
+        head = make_head(3)
+        given = fit(class_weights=weights, label_smoothing=smoothing, standardize=False)
+        for _ in range(3):
+            head.solve([replace(batch, features=features)], given, penalty=0.1)
+        found.append(torch.cat((head.classifier.weight, head.classifier.bias[:, None]), 1))
+    assert found[0].isfinite().all()
+    # Centring alone sees the cases: the minimum is the same, found from another start.
+    torch.testing.assert_close(*found, atol=0.02, rtol=0.02)
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 def test_the_path_begins_where_the_weights_leave_zero(classes: int) -> None:
     head, batch = make_head(classes), batch_of(classes)

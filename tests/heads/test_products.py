@@ -108,6 +108,22 @@ def test_offsets_of_equal_length_have_segments_of_their_own() -> None:
         assert [int(line.count_nonzero()) for line in lines] == sizes
 
 
+def test_segments_are_those_of_the_offsets_as_they_are_now() -> None:
+    offsets = offsets_of([1, 4])
+    assert segment_index(offsets, 5).tolist() == [0, 1, 1, 1, 1]
+    offsets[1] = 3
+    assert segment_index(offsets, 5).tolist() == [0, 0, 0, 1, 1]
+
+
+def test_what_is_found_in_inference_mode_does_not_stop_a_training() -> None:
+    pool, offsets, members = AttentionPool(E, HIDDEN), offsets_of([3, 2]), random(5, E, dtype=torch.float32)
+    with torch.inference_mode():
+        want, _ = pool(members, offsets)
+    pooled, _ = pool(members, offsets)
+    pooled.sum().backward()
+    torch.testing.assert_close(pooled, want)
+
+
 def test_a_pool_drops_what_the_formula_drops() -> None:
     pool, members = AttentionPool(E, HIDDEN, dropout=0.5).double(), random(40, E)
     found = []
@@ -219,11 +235,23 @@ def test_standardised_features_are_not_standardised_again() -> None:
     standardize, layer = _standardize(), nn.Linear(D, E)
     features = random(300, D, dtype=torch.float32).detach()
     once = standardize.lower(features, torch.bfloat16)
-    assert torch.equal(standardize.lower(once, torch.bfloat16), once)
-    assert torch.equal(standardize(once), once.float())
-    torch.testing.assert_close(standardize.project(once, layer), layer(once.float()))
+    got = project(once, standardize, layer, standardized=True)
+    torch.testing.assert_close(got, torch.relu(layer(once.float())))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(project(once, standardize, layer), project(features, standardize, layer))
+        got = project(once, standardize, layer, standardized=True)
+        assert torch.equal(got, project(features, standardize, layer))
+        # That they are is said, not guessed from their precision.
+        again = project(once, standardize, layer)
+        assert torch.equal(again, project(once.float(), standardize, layer))
+        assert not torch.equal(again, got)
+
+
+def test_what_is_projected_can_be_used_as_any_other_tensor() -> None:
+    standardize, layer = Standardize(D), nn.Linear(D, E)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = project(random(300, D, dtype=torch.float32).detach(), standardize, layer)
+    assert not got._is_view()
+    assert torch.equal(got.reshape(-1).view(300, E), got)
 
 
 def test_standardised_block_by_block_as_at_once() -> None:

@@ -382,6 +382,13 @@ def test_seeds_of_different_test_cases_of_one_fold_are_refused(tmp_path: Path) -
         write_report(study, 0)
 
 
+def test_trainings_with_a_threshold_and_without_are_refused(tmp_path: Path) -> None:
+    study = make_study(tmp_path, thresholds={0: 0.2, 1: 0.5, 2: 0.7})
+    write_training(study, 1, 8, predictions(1, 8, 2) | {"threshold": None})
+    with pytest.raises(RunError, match="fold 1, seed 8 has no threshold, and others have one"):
+        write_report(study, 0)
+
+
 def test_a_report_on_a_study_with_gaps_says_what_its_numbers_are_of(tmp_path: Path) -> None:
     study = make_study(tmp_path)
     assert "ensemble of the seeds" in write_report(study, 0).to_text()

@@ -10,12 +10,16 @@ import pytest
 import torch
 from torch import nn
 
+from featstore.bags import BagBatch
 from featstore.resident import CaseBags
 from heads.evaluation.predict import predict
+from heads.models.abmil import ABMIL
 from heads.models.head import Head
+from heads.models.outputs import HeadOutput
 from heads.training.loop import Training
 from tests.heads.planted import (
     BOTH,
+    DIM,
     FLAT,
     HEADS,
     LABELS,
@@ -138,7 +142,9 @@ def test_features_rounded_once_are_those_rounded_in_every_step(
     tight = copy.copy(bags)
     tight.memory = bags.bytes + bags.bytes // bags.resident.element_size() * 2 - 1
     once, often = trained(bags, config), trained(tight, config)
-    assert (once.bags.resident.dtype == torch.bfloat16) == (name != "dual_stream" or hidden)
+    rounded = name != "dual_stream" or hidden
+    assert (once.bags.resident.dtype == torch.bfloat16) == rounded
+    assert once.bags.batch([bags.outlines["1"]]).standardized == rounded
     assert often.bags is tight
     assert same_bits(once.head.state_dict(), often.head.state_dict())
     assert history(once) == history(often)
@@ -146,6 +152,17 @@ def test_features_rounded_once_are_those_rounded_in_every_step(
 
 def test_features_are_not_rounded_where_precision_is_full(bags: CaseBags) -> None:
     assert trained(bags, make_config(epochs=1)).bags is bags
+
+
+def test_a_head_derived_from_ours_sees_the_features_as_they_are(bags: CaseBags) -> None:
+    class Skips(ABMIL):
+        def forward(self, batch: BagBatch, **schedule: float) -> HeadOutput:
+            assert not batch.standardized
+            assert batch.features.dtype == torch.float16
+            return super().forward(batch, **schedule)
+
+    config = make_config("abmil", epochs=1, amp="bf16")
+    Training(Skips(DIM, 2, config.head), bags, SPLIT, config.train, ("a", "b")).run()
 
 
 # Chance
