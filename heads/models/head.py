@@ -56,8 +56,8 @@ class Head(nn.Module):
         scores_instances: Whether the output has instance scores.
         solved: Whether `solve` finds the weights of an epoch, in place of optimiser steps.
         standardize: Mean and deviation of the training cases, as buffers.
-        lowers: Whether features go through `project` alone, which under autocast rounds them once they
-            are standardised: a training may then do so once, before its first step (`lowered`).
+        lowers: Whether features go through `project` alone, which standardises them and rounds them to
+            its precision: a training may then do so once, before its first step (`lowered`).
     """
 
     levels: ClassVar[tuple[str, ...]] = ()

@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from heads.models.dropout import Dropout
-from heads.models.standardize import Standardize
+from heads.models.standardize import Standardize, working_precision
 
 
 def project(
@@ -31,10 +31,12 @@ def project(
     Returns:
         (ΣP, E), in autocast's precision where there is one; in memory by column where that is faster.
     """
-    inputs, weight, bias = standardize.fold(features, layer, standardized)
+    low, weight = working_precision(layer), layer.weight
+    inputs = features.to(low) if standardized else standardize.lower(features, low)
+    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias
     # By column, so that the gradient of the weights takes half the time in bf16; a GPU wants rows.
-    low, learned = inputs.dtype == torch.bfloat16, torch.is_grad_enabled()
-    by_column = low and learned and inputs.device.type == "cpu"
+    on_cpu, learned = inputs.device.type == "cpu", torch.is_grad_enabled()
+    by_column = low == torch.bfloat16 and learned and on_cpu
     kept, scale = None, 1.0
     if dropout is not None:
         scale = dropout.scale

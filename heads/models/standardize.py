@@ -35,34 +35,9 @@ class Standardize(nn.Module):
         Returns:
             (ΣP, E).
         """
-        return nn.functional.linear(*self.fold(features, layer))
-
-    def fold(
-        self, features: torch.Tensor, layer: nn.Linear, standardized: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Input, weight and bias of the product that ``layer((features − mean) / std)`` is.
-
-        In float32 the standardisation is folded into the layer, which touches E·D numbers
-        instead of ΣP·D. In lower precision it must come first: features that differ in their
-        third digit alone would all round to the same bf16.
-
-        Args:
-            features: (ΣP, D).
-            layer: D → E.
-            standardized: Whether the features are so already.
-
-        Returns:
-            (ΣP, D), in the precision of the product; (E, D), (E,).
-        """
-        bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
-        kind = features.device.type
-        if torch.is_autocast_enabled(kind):
-            low = torch.get_autocast_dtype(kind)
-            return features.to(low) if standardized else self.lower(features, low), layer.weight, bias
-        if standardized:
-            return features.to(layer.weight.dtype), layer.weight, bias
-        weight = layer.weight / self.std
-        return features.to(weight.dtype), weight, bias - weight @ self.mean
+        return nn.functional.linear(
+            self.lower(features, working_precision(layer)), layer.weight, layer.bias
+        )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(ΣP, D) standardised features."""
@@ -71,7 +46,12 @@ class Standardize(nn.Module):
         return torch.addcmul(-self.mean * factor, features.to(self.mean.dtype), factor)
 
     def lower(self, features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """(ΣP, D) standardised features, rounded to a lower precision."""
+        """(ΣP, D) standardised features, then rounded to a precision.
+
+        Not folded into the layer behind: in lower precision features that differ in their third digit
+        alone would all round to the same, and in float32 it is a layer of E·D numbers, and its gradient,
+        that would change in every step.
+        """
         if features.requires_grad or features.device.type != "cpu":
             return self.forward(features).to(dtype)
         factor = self.std.reciprocal()
@@ -80,9 +60,17 @@ class Standardize(nn.Module):
         found = torch.empty_like(features, dtype=dtype)
         wide = shift.new_empty((min(_BLOCK, len(features)), len(shift)))
         for rows, into in zip(torch.split(features, _BLOCK), torch.split(found, _BLOCK), strict=True):
-            between = wide[: len(rows)].copy_(rows)
-            into.copy_(torch.addcmul(shift, between, factor, out=between))
+            between = into if dtype == shift.dtype else wide[: len(rows)]
+            torch.addcmul(shift, between.copy_(rows), factor, out=between)
+            if between is not into:
+                into.copy_(between)
         return found
+
+
+def working_precision(layer: nn.Linear) -> torch.dtype:
+    """That in which a layer's products are computed: autocast's, where there is one."""
+    kind = layer.weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else layer.weight.dtype
 
 
 def usable_deviation(std: torch.Tensor) -> torch.Tensor:

@@ -146,7 +146,7 @@ def micro_batches(bags: Sequence[Bag], budget: int) -> Iterator[list[Bag]]:
 
 
 def lowered(bags: CaseBags, head: Head, config: TrainConfig) -> CaseBags:
-    """The cohort standardised and rounded, as it would be in every step of a training in bf16.
+    """The cohort standardised, and rounded in bf16, as it would be in every step of a training.
 
     Where that is done on a CPU, by a head of our own, and what comes of it fits in memory beside the
     embeddings; elsewhere the cohort itself. Every step computes the same numbers either way.
@@ -156,9 +156,10 @@ def lowered(bags: CaseBags, head: Head, config: TrainConfig) -> CaseBags:
         head: Whose mean and deviation are set.
         config: Resolved (`heads.config.resolved`).
     """
-    held, low = bags.resident, torch.bfloat16
-    if held is None or bags.device.type != "cpu" or choose_amp(config.amp, bags.device) != "bf16":
+    held, mean = bags.resident, head.standardize.mean
+    if held is None or bags.device.type != "cpu":
         return bags
+    low = torch.bfloat16 if choose_amp(config.amp, bags.device) == "bf16" else mean.dtype
     # What is derived from a head of ours may read the features themselves, and wants them as they are.
     if not head.lowers or not type(head).__module__.startswith("heads.models."):
         return bags

@@ -134,24 +134,22 @@ def test_the_gradient_is_clipped_and_its_norm_before_is_logged(bags: CaseBags) -
 
 
 @pytest.mark.parametrize("hidden", [True, False], ids=["projected", "as they are"])
+@pytest.mark.parametrize("amp", ["bf16", "off"])
 @pytest.mark.parametrize("name", HEADS)
-def test_features_rounded_once_are_those_rounded_in_every_step(
-    bags: CaseBags, name: str, hidden: bool
+def test_features_standardised_once_are_those_standardised_in_every_step(
+    bags: CaseBags, name: str, hidden: bool, amp: str
 ) -> None:
-    config = make_config(name, {"dropout": 0.3, "use_hidden_layer": hidden}, epochs=2, amp="bf16")
-    tight = copy.copy(bags)
-    tight.memory = bags.bytes + bags.bytes // bags.resident.element_size() * 2 - 1
+    config = make_config(name, {"dropout": 0.3, "use_hidden_layer": hidden}, epochs=2, amp=amp)
+    tight, wide = copy.copy(bags), 2 if amp == "bf16" else 4
+    tight.memory = bags.bytes + bags.resident.numel() * wide - 1
     once, often = trained(bags, config), trained(tight, config)
-    rounded = name != "dual_stream" or hidden
-    assert (once.bags.resident.dtype == torch.bfloat16) == rounded
-    assert once.bags.batch([bags.outlines["1"]]).standardized == rounded
+    done = name != "dual_stream" or hidden
+    kind = torch.float16 if not done else torch.bfloat16 if amp == "bf16" else torch.float32
+    assert once.bags.resident.dtype == kind
+    assert once.bags.batch([bags.outlines["1"]]).standardized == done
     assert often.bags is tight
     assert same_bits(once.head.state_dict(), often.head.state_dict())
     assert history(once) == history(often)
-
-
-def test_features_are_not_rounded_where_precision_is_full(bags: CaseBags) -> None:
-    assert trained(bags, make_config(epochs=1)).bags is bags
 
 
 def test_a_head_derived_from_ours_sees_the_features_as_they_are(bags: CaseBags) -> None:
