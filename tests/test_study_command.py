@@ -340,6 +340,8 @@ def test_a_table_that_cannot_be_written_is_named_as_it_was_given(whole: Path, tm
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_what_all_trainings_remark_is_told_once(project: Path, processes: int) -> None:
+    for path in sorted((project / "splits").iterdir())[1:]:
+        path.unlink()
     flags = ("--seeds", 3, "--epochs", 1, "--model", "mean", "--analyze-attention")
     said = succeeded(project, "train-head", *flags, "--processes", processes).stdout
     assert said.count("warning: no attention table: this head has no attention") == 1
