@@ -19,6 +19,7 @@ from featstore.resident import CaseBags, case_of_row, memory_budget
 from heads.config import Config, HeadConfig, TrainConfig, resolved
 from heads.models.head import build_head
 from heads.models.hierarchical import Hierarchical
+from heads.training.data import lowered
 from heads.training.loop import Training
 from heads.training.optimizer import choose_amp
 
@@ -170,7 +171,9 @@ def _outline(number: int, size: int, first: int) -> Bag:
 
 def _steps(cohort: MadeUpCases, device: torch.device) -> dict[str, Callable[[], object]]:
     head = build_head(HeadConfig(), DIM, CLASSES).to(device).train()
-    batch = cohort.batch(list(cohort.outlines.values()))
+    # Standardised once, as a training does it.
+    held = lowered(cohort, head, TrainConfig(amp="off"))
+    batch = held.batch(list(cohort.outlines.values()))
 
     def step() -> None:
         head.zero_grad(set_to_none=True)
