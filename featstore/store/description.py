@@ -76,11 +76,11 @@ def look_at_description(root: Path) -> Description:
 
 def _read(root: Path) -> tuple[EmbeddingSpec | None, str, str, StoreError | None]:
     """The spec, or what is wrong; the error last where another version may be able to read the file."""
-    path = root / MANIFEST
+    path, seen = root / MANIFEST, True
     try:
         mode = path.lstat().st_mode
     except OSError:
-        mode = stat.S_IFREG  # what is wrong is told by reading it
+        mode, seen = stat.S_IFREG, False  # what is wrong is told by reading it
     if stat.S_ISLNK(mode):
         return None, "link", f"a link to {os.readlink(path)} stands in for the store's description", None
     if not stat.S_ISREG(mode):
@@ -100,7 +100,11 @@ def _read(root: Path) -> tuple[EmbeddingSpec | None, str, str, StoreError | None
         kind = "manifest-damaged" if path.exists() else "manifest-missing"
         return None, kind, error.found, None
     except StoreError as error:
-        if isinstance(error.__cause__, OSError) or not path.exists():
+        if isinstance(error.__cause__, OSError):
+            raise
+        if not path.exists():
+            if seen:  # another repair has moved it aside since
+                return _read(root)
             raise
         # Damage to the version or to a field's name looks like this too: then the records tell.
         return None, "manifest-damaged", error.found, error

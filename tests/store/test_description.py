@@ -326,6 +326,31 @@ def test_several_repairs_at_once(hdf5_store: Path) -> None:
         assert (hdf5_store / "featstore.json").read_bytes() == good
 
 
+def test_a_damaged_description_that_another_repair_has_mended_meanwhile(
+    hdf5_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was read with a field's name damaged, is moved aside at once, and then it is there again."""
+    manifest = hdf5_store / "featstore.json"
+    good, real = manifest.read_bytes(), description.require_manifest
+    manifest.write_bytes(good.replace(b'"resize"', b'"rerize"'))
+
+    def moved(root: Path) -> object:
+        try:
+            return real(root)
+        except StoreError:
+            manifest.unlink()
+            monkeypatch.setattr(description, "require_manifest", mended)
+            raise
+
+    def mended(root: Path) -> object:
+        manifest.write_bytes(good)
+        return real(root)
+
+    monkeypatch.setattr(description, "require_manifest", moved)
+    found = description.look_at_description(hdf5_store)
+    assert (found.kind, found.obstacle) == ("", "")
+
+
 def test_a_description_that_another_repair_moves_meanwhile(
     hdf5_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
