@@ -99,7 +99,7 @@ class BagBatch:
         labels: (B,) int64, or None.
         case_ids: B case ids.
         standardized: Whether ``features`` are standardised already, as a training does it once for heads
-            that take them so (`heads.models.head.Head.lowers`); never in evaluation.
+            that take them so (`heads.models.head.Head.projects_all`); never in evaluation.
     """
 
     features: torch.Tensor

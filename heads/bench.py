@@ -19,7 +19,7 @@ from featstore.resident import CaseBags, case_of_row, memory_budget
 from heads.config import Config, HeadConfig, TrainConfig, resolved
 from heads.models.head import build_head
 from heads.models.hierarchical import Hierarchical
-from heads.training.data import lowered
+from heads.training.data import standardized_once
 from heads.training.loop import Training
 from heads.training.optimizer import choose_amp
 
@@ -172,7 +172,7 @@ def _outline(number: int, size: int, first: int) -> Bag:
 def _steps(cohort: MadeUpCases, device: torch.device) -> dict[str, Callable[[], object]]:
     head = build_head(HeadConfig(), DIM, CLASSES).to(device).train()
     # Standardised once, as a training does it.
-    held = lowered(cohort, head, TrainConfig(amp="off"))
+    held = standardized_once(cohort, head, TrainConfig(amp="off"))
     batch = held.batch(list(cohort.outlines.values()))
 
     def step() -> None:

@@ -54,7 +54,7 @@ class DualStream(Head):
         width, inner = (config.hidden_dim if config.use_hidden_layer else dim), config.attention_dim
         self.kind = config.attention_type
         self.hidden = nn.Linear(dim, width) if config.use_hidden_layer else None
-        self.lowers = self.hidden is not None
+        self.projects_all = self.hidden is not None
         self.dropout = Dropout(config.dropout)
         self.score = nn.Sequential(
             nn.Linear(width, inner), nn.ReLU(), Dropout(config.dropout), Float32Linear(inner, 1)

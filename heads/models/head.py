@@ -56,14 +56,14 @@ class Head(nn.Module):
         scores_instances: Whether the output has instance scores.
         solved: Whether `solve` finds the weights of an epoch, in place of optimiser steps.
         standardize: Mean and deviation of the training cases, as buffers.
-        lowers: Whether features go through `project` alone, which standardises them and rounds them to
-            its precision: a training may then do so once, before its first step (`lowered`).
+        projects_all: Whether features go through `project` alone, which standardises them and rounds
+            them to its precision: a training may then do so once, before its first step.
     """
 
     levels: ClassVar[tuple[str, ...]] = ()
     scores_instances: ClassVar[bool] = False
     solved: ClassVar[bool] = False
-    lowers: bool = False
+    projects_all: bool = False
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class ProjectedHead(Head):
         config: Width and dropouts.
     """
 
-    lowers = True
+    projects_all = True
 
     def __init__(self, dim: int, config: ProjectorConfig) -> None:
         super().__init__(dim)

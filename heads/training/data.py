@@ -145,7 +145,7 @@ def micro_batches(bags: Sequence[Bag], budget: int) -> Iterator[list[Bag]]:
         yield run
 
 
-def lowered(bags: CaseBags, head: Head, config: TrainConfig) -> CaseBags:
+def standardized_once(bags: CaseBags, head: Head, config: TrainConfig) -> CaseBags:
     """The cohort standardised, and rounded in bf16, as it would be in every step of a training.
 
     Where that is done on a CPU, by a head of our own, and what comes of it fits in memory beside the
@@ -161,7 +161,7 @@ def lowered(bags: CaseBags, head: Head, config: TrainConfig) -> CaseBags:
         return bags
     low = torch.bfloat16 if choose_amp(config.amp, bags.device) == "bf16" else mean.dtype
     # What is derived from a head of ours may read the features themselves, and wants them as they are.
-    if not head.lowers or not type(head).__module__.startswith("heads.models."):
+    if not head.projects_all or not type(head).__module__.startswith("heads.models."):
         return bags
     viewed = config.views and bags.views > 1
     if viewed or bags.bytes + held.numel() * low.itemsize > bags.memory:

@@ -19,7 +19,7 @@ from featstore.errors import ConfigError, FeatstoreError
 from featstore.resident import CaseBags
 from heads.config import TrainConfig
 from heads.models.head import Fit, Head
-from heads.training.data import TrainingBags, chunks, fit_standardize, lowered, micro_batches
+from heads.training.data import TrainingBags, chunks, fit_standardize, micro_batches, standardized_once
 from heads.training.diagnostics import EpochLog, mean_norm
 from heads.training.objective import Objective, make_class_weights
 from heads.training.optimizer import (
@@ -107,7 +107,7 @@ class Training:
         self.objective = Objective(config, head, self.class_weights)
         if config.standardize == "train":
             fit_standardize(self.head.standardize, bags, split.train)
-        self.bags = lowered(bags, self.head, config)
+        self.bags = standardized_once(bags, self.head, config)
         check_solvable(self.head, config)
         self.optimizer = make_optimizer(self.head, config)
         self._parameters = list(self.head.parameters())

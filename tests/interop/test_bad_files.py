@@ -165,13 +165,17 @@ NPY_DAMAGE: dict[str, Callable[[Path, Path], None]] = {
 
 @pytest.mark.parametrize(
     ("part", "damage"),
-    everywhere(NPY_DAMAGE, "features", ("coords", "labels"), ("runs code", "truncated", "bomb", "no rows")),
+    [
+        each
+        for each in everywhere(
+            NPY_DAMAGE, "features", ("coords", "labels"), ("runs code", "truncated", "bomb", "no rows")
+        )
+        if each.values != ("labels", "text array")  # a class may be text
+    ],
 )
 def test_a_bad_numpy_file_of_torchmil(tmp_path: Path, part: str, damage: str) -> None:
     write_torchmil(tmp_path / "in", FEATURES, dict.fromkeys(SLIDES, 1))
     bad = f"{part}/s2.npy"
-    if (part, damage) == ("labels", "text array"):
-        pytest.skip("a class may be text")
     NPY_DAMAGE[damage](tmp_path / "in" / bad, tmp_path / "trace")
     is_refused_or_skipped(tmp_path, tmp_path / "in", bad, "")
     assert not (tmp_path / "trace").exists()
