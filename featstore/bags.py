@@ -98,8 +98,8 @@ class BagBatch:
         stain_ids: (ΣT,) int64.
         labels: (B,) int64, or None.
         case_ids: B case ids.
-        standardized: Whether ``features`` are standardised already, as a training does it once for heads
-            that take them so (`heads.models.head.Head.projects_all`); never in evaluation.
+        standardized: Whether ``features`` are standardised already, by a training, with the mean and
+            deviation of its own head (`heads.models.head.Head.projects_all`).
     """
 
     features: torch.Tensor
