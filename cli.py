@@ -266,6 +266,112 @@ def compare(
     call.answer(done)
 
 
+@command(("runs", "images"))
+def attention(
+    call: Call[Config],
+    run: Path | None = typer.Argument(None, help="run folder (default: the newest finished one)"),
+    part: str = typer.Option("test", help="cases to look into: test | val | train | all"),
+    case: list[str] = typer.Option([], help="only this case; may be given several times"),
+    top_n: int = typer.Option(5, min=1, help="patches a gallery"),
+    top_percent: float = typer.Option(
+        5.0, min=0.01, max=100, help="of a case's patches, listed as its top"
+    ),
+    overlays: int = typer.Option(6, min=0, help="slices a case that get an overlay, the most attended"),
+) -> None:
+    """Show what a run attended to: tables, galleries and overlays, in attention_analysis/ of the run."""
+    from featstore.progress import CaseBar
+    from heads.inspect.attention_files import attention_project
+
+    with CaseBar() as bar:
+        done = attention_project(
+            call.config,
+            call.project,
+            run,
+            part,
+            tuple(case),
+            top_n,
+            top_percent,
+            overlays,
+            call.tell,
+            bar.update,
+        )
+    call.answer(done)
+
+
+@command(("runs", "images"))
+def probe(
+    call: Call[Config],
+    run: Path | None = typer.Argument(None, help="run folder (default: the newest finished one)"),
+    part: str = typer.Option("test", help="cases to look into: test | val | train | all"),
+    case: list[str] = typer.Option([], help="only this case; may be given several times"),
+    mode: str = typer.Option("alone", help="what pictures are of: alone | in_place; the tables have both"),
+    top_n: int = typer.Option(10, min=1, help="patches a gallery"),
+    table_format: str = typer.Option("csv", "--tables", help="csv | parquet"),
+    leave_out: bool = typer.Option(True, help="the effect of leaving each patch, slice and stain out"),
+    curves: bool = typer.Option(True, help="deletion and insertion curves"),
+) -> None:
+    """Ask a run what every single patch says, and what its absence changes, into probing/ of the run."""
+    from featstore.progress import CaseBar
+    from heads.inspect.probe_files import probe_project
+
+    with CaseBar() as bar:
+        done = probe_project(
+            call.config, call.project, run, part, tuple(case), mode, top_n, table_format, leave_out, curves,
+            call.tell, bar.update,
+        )  # fmt: skip
+    call.answer(done)
+
+
+@command(("store", "backbone", "images"))
+def similar(
+    call: Call[Config],
+    patch: str | None = typer.Argument(None, help="path or name of a patch, or any PNG file"),
+    count: int = typer.Option(20, min=1, help="patches to find"),
+    metric: str = typer.Option("cosine", help="cosine (of embeddings less their mean) | euclidean"),
+    other_cases: bool = typer.Option(False, "--other-cases", help="leave out the patch's own case"),
+    stain: str | None = typer.Option(None, help="only patches of this stain"),
+    per_case: int | None = typer.Option(None, min=1, help="at most so many of a case"),
+    map_: bool = typer.Option(
+        False, "--map", help="draw all patches as points, by stain, class, attention"
+    ),
+    run: Path | None = typer.Option(None, help="--map: whose attention (default: the newest finished run)"),
+) -> None:
+    """Find the patches that are most like one, or draw a map of all of them, into similar/."""
+    from heads.inspect.similar_files import map_project, similar_project
+
+    if map_ == (patch is not None):
+        raise ConfigError(
+            "a patch and --map at once" if map_ else "no patch is named",
+            expected="featstore similar PATCH, or featstore similar --map",
+            where="similar",
+        )
+    if patch is None:
+        call.answer(map_project(call.config, call.project, run, call.tell))
+        return
+    call.answer(
+        similar_project(call.config, call.project, patch, count, metric, other_cases, stain, per_case)
+    )
+
+
+@command(("runs", "images"))
+def report(
+    call: Call[Config],
+    run: Path | None = typer.Argument(None, help="run or study (default: the newest finished run)"),
+    other: Path | None = typer.Argument(None, help="another, to compare the first with"),
+    out: Path | None = typer.Option(None, help="file to write (default: report.html in its folder)"),
+    pictures: bool = typer.Option(
+        True, help="look at patches and attention; else numbers and curves alone"
+    ),
+) -> None:
+    """Write one HTML file that a pathologist can open: results, cases, attention, single patches."""
+    from featstore.progress import CaseBar
+    from heads.inspect.report.making import report_project
+
+    with CaseBar() as bar:
+        done = report_project(call.config, call.project, run, other, out, pictures, call.tell, bar.update)
+    call.answer(done)
+
+
 @command((*COHORT, "backbone", "extract"), in_project=None, presets=_gpu("extract"))
 def bench(
     call: Call[Config],

@@ -73,6 +73,18 @@ class ImagesConfig(Section):
     on_bad_image: Literal["stop", "skip"] = Field(
         "stop", description="what to do about files that cannot be decoded: stop | skip"
     )
+    slides: str | None = Field(
+        None,
+        description="images of the slices, to show attention on: a folder of case_ID_SLICE_STAIN.jpg "
+        "(png, tif, svs, …), or a CSV: case_id,slice_id,stain,path[,downsample]",
+        json_schema_extra=PATH,
+    )
+    slides_downsample: float = Field(
+        1.0,
+        gt=0,
+        description="level-0 pixels a pixel of these images; whole-slide files (svs, ndpi, …) say it "
+        "themselves",
+    )
 
 
 class LabelsConfig(Section):

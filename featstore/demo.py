@@ -58,6 +58,8 @@ DEMO_NEXT = """\
   featstore check                               what is in the cohort, and what looks odd
   featstore train-head --model dual_stream      another training, another run folder
   featstore evaluate                            the newest run again, from its checkpoints
+  featstore attention                           which stain, slice and patch it looked at
+  featstore probe                               what each single patch says
   featstore split --folds 5                     splits for trainings to share; then train-head --fold 0
 With your own patches:
   featstore init PATCHES --labels labels.csv && featstore extract && featstore train-head"""

@@ -150,7 +150,8 @@ class CommandLine(Generic[C]):
             own = [p.replace(annotation=_annotations(function)[p.name]) for p in own]
             name = function.__name__.rstrip("_").replace("_", "-")
             options = [p for p in own if isinstance(p.default, OptionInfo)]
-            taken = {f"--{p.name.replace('_', '-')}" for p in options if not p.default.param_decls}
+            spelt = [p.default.param_decls or [f"--{p.name.replace('_', '-')}"] for p in options]
+            taken = {flag for flags in spelt for flag in flags}
             found = settings.flag_names(self._model, shown).items()
             names = {path: [flag for flag in flags if flag not in taken] for path, flags in found}
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from featstore import settings
 from featstore.demo import DEMO_NEXT, DEMO_NOTE, write_demo_project
 from featstore.extraction import ExtractionReport
@@ -16,6 +18,9 @@ from featstore.strict_yaml import read_file
 from heads.config import Config
 from heads.evaluation.planted import PlantedRank, planted_rank
 from heads.evaluation.results import ATTENTION
+from heads.inspect.opened import open_run
+from heads.inspect.probe_tables import read_probes
+from heads.inspect.report.making import report_project
 from heads.project import train_project
 from heads.run import TrainedRun
 
@@ -46,7 +51,15 @@ def demo_training(
     run = train_project(chosen, project, tell=tell)
     if run.interrupted is not None:
         return run, None
-    return run, planted_rank(run.run.path / ATTENTION, project / _PLANTED)
+    return run, planted_rank(pd.read_csv(run.run.path / ATTENTION), project / _PLANTED)
+
+
+def demo_probing(config: Config, project: Path, run: Path) -> PlantedRank:
+    """Whether what each patch says alone finds what was planted; arguments as `demo_training`."""
+    opened = open_run(config, project, run)
+    called = opened.class_names[-1]
+    patches, by = read_probes(opened, leave_out=False).patches, "what each patch says alone"
+    return planted_rank(patches, project / _PLANTED, f"alone_{called}", by)
 
 
 @dataclass
@@ -57,12 +70,14 @@ class DemoReport:
         folder: The project.
         summary: Of its store; None if the extraction was interrupted.
         runs: The trainings, as JSON types.
+        report: The page of the last of them.
         interrupted: The signal that ended it early; None if it was not.
     """
 
     folder: Path
     summary: StoreSummary | None = None
     runs: list[dict[str, Any]] = field(default_factory=list)
+    report: Path | None = None
     interrupted: int | None = None
 
     def to_text(self) -> str:
@@ -73,7 +88,11 @@ class DemoReport:
 
     def to_json(self) -> dict[str, Any]:
         """Store and runs, as JSON types."""
-        return {"store": None if self.summary is None else self.summary.to_json(), "runs": self.runs}
+        return {
+            "store": None if self.summary is None else self.summary.to_json(),
+            "runs": self.runs,
+            "report": None if self.report is None else str(self.report),
+        }
 
 
 def run_demo(
@@ -81,7 +100,7 @@ def run_demo(
     extract: Callable[[Config, Path], ExtractionReport],
     tell: Callable[[str], None],
 ) -> DemoReport:
-    """Make a project from real tissue and run the main job on it: extraction and two trainings.
+    """Make a project from real tissue and run the main job on it: extraction, two trainings, a report.
 
     Args:
         folder: The project, new.
@@ -110,6 +129,10 @@ def run_demo(
         if rank is None:
             done.interrupted = run.interrupted
             return done
-        tell(f"  {rank.to_text()}")
-        done.runs.append({**run.to_json(), "planted": rank.to_json()})
+        alone = demo_probing(config, project, run.run.path)
+        tell(f"  {rank.to_text()}\n  {alone.to_text()}")
+        done.runs.append({**run.to_json(), "planted": rank.to_json(), "planted_alone": alone.to_json()})
+    tell("\nfeatstore report")
+    done.report = report_project(config, project).path
+    tell(f"{done.report}: open it in any browser")
     return done

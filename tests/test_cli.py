@@ -271,6 +271,10 @@ def test_the_demo_ends_with_two_runs_and_the_rank_of_planted_patches(
         want = (len(cases), 2 * len(cases), pytest.approx(sum(aucs) / len(aucs)), sum(top))
         planted = run["planted"]
         assert (planted["cases"], planted["planted"], planted["auc"], planted["found"]) == want
+        assert run["planted_alone"]["cases"] == planted["cases"]
+        assert 0 <= run["planted_alone"]["auc"] <= 1
+    assert Path(found["report"]).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     text = succeeded(tmp_path, "demo", "there").stdout
     assert "planted patches by effective attention: AUC" in text
+    assert "planted patches by what each patch says alone: AUC" in text
     assert "featstore train-head" in text

@@ -1,4 +1,4 @@
-"""Where the demo's planted patches stand when patches are ranked by attention."""
+"""Where the demo's planted patches stand when patches are ranked by what a head makes of them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ class PlantedRank:
         cases: How many.
         patches: Their patches.
         planted: Those that are planted.
-        auc: Mean over the cases of P(a planted patch has more attention than another); 0.5: chance.
-        found: Planted patches among each case's n most attended, n its number of planted ones.
+        auc: Mean over the cases of P(a planted patch is ranked above another); 0.5: chance.
+        found: Planted patches among each case's n first, n its number of planted ones.
+        by: What they are ranked by.
     """
 
     cases: int
@@ -29,13 +30,14 @@ class PlantedRank:
     planted: int
     auc: float
     found: int
+    by: str = "effective attention"
 
     def to_text(self) -> str:
         """One line."""
         expected = self.planted / self.patches
         return (
-            f"planted patches by effective attention: AUC {self.auc:.3f} within {self.cases} high-grade "
-            f"test cases; {self.found} of {self.planted} among the most attended (chance: {expected:.0%})"
+            f"planted patches by {self.by}: AUC {self.auc:.3f} within {self.cases} high-grade test cases; "
+            f"{self.found} of {self.planted} at the top of their cases (chance: {expected:.0%})"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -43,14 +45,21 @@ class PlantedRank:
         return dict(vars(self))
 
 
-def planted_rank(attention: Path, planted: Path) -> PlantedRank:
-    """Hold a run's attention against the demo's list of planted patches.
+def planted_rank(
+    table: pd.DataFrame,
+    planted: Path,
+    column: str = "effective_attention",
+    by: str = "effective attention",
+) -> PlantedRank:
+    """Hold a ranking of patches against the demo's list of planted ones.
 
     Args:
-        attention: ``patch_attention.csv`` of the run.
+        table: One row a patch: ``case_id, path`` and the column.
         planted: The demo's ``planted.csv``.
+        column: Patches are ranked by it, the largest first.
+        by: What it is, in words.
     """
-    table = pd.read_csv(attention)
+    table = table[["case_id", "path", column]].copy()
     truth = pd.read_csv(planted).set_index("path")["planted"]
     table["planted"] = table["path"].map(truth).astype(int)
     aucs, found, patches, total = [], 0, 0, 0
@@ -58,10 +67,10 @@ def planted_rank(attention: Path, planted: Path) -> PlantedRank:
         n = int(case["planted"].sum())
         if not n:
             continue
-        score = case["effective_attention"].to_numpy()
+        score = case[column].to_numpy(np.float64)
         # A monotone map to (0, 1) keeps every rank.
         share = score / score.max()
         aucs.append(rank_auc(case["planted"].to_numpy(), np.stack((1 - share, share), axis=1)))
-        found += int(case.nlargest(n, "effective_attention")["planted"].sum())
+        found += int(case.nlargest(n, column)["planted"].sum())
         patches, total = patches + len(case), total + n
-    return PlantedRank(len(aucs), patches, total, float(np.mean(aucs)), found)
+    return PlantedRank(len(aucs), patches, total, float(np.mean(aucs)), found, by)

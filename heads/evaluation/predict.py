@@ -83,6 +83,7 @@ class PatchAttention:
     def __init__(self, bags: CaseBags, class_names: Sequence[str] = ()) -> None:
         self._bags, self._classes = bags, class_names
         self._columns: dict[str, list[NDArray[Any]]] = {}
+        self._cases: list[str] = []
 
     @property
     def seen(self) -> bool:
@@ -100,6 +101,7 @@ class PatchAttention:
             "slice": batch.slice_offsets,
             "stain": batch.slice_offsets[batch.stain_offsets],
         }
+        self._cases.extend(batch.case_ids)
         found = {"row": batch.rows, "effective_attention": effective}
         for level, attention in output.attention.items():
             weights, offsets = attention.weights, sizes[level]
@@ -121,11 +123,16 @@ class PatchAttention:
             yield f"{name}_{self._classes[c] if self._classes else c}", each
 
     def table(self) -> Any:
-        """A DataFrame, one row a patch: who it is, its file, its attention at every level."""
+        """A DataFrame, one row a patch: who it is, its file, its attention at every level.
+
+        Its index is the patch's row in `Store.table`.
+        """
         import pandas as pd
 
         arrays = {name: np.concatenate(parts) for name, parts in self._columns.items()}
         rows = arrays.pop("row")
-        whole = self._bags.store.table()
-        known = whole.iloc[rows][["case_id", "stain", "slice_id", "patch", "path"]].reset_index(drop=True)
-        return pd.concat((known, pd.DataFrame(arrays)), axis=1)
+        # Case by case: of a large store, the tables of the other cases are not read.
+        cases = dict.fromkeys(self._cases)
+        whole = pd.concat([self._bags.store.table(case) for case in cases])
+        known = whole.loc[rows, ["case_id", "stain", "slice_id", "patch", "path"]]
+        return pd.concat((known, pd.DataFrame(arrays, index=known.index)), axis=1)

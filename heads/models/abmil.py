@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from featstore.bags import BagBatch
 from heads.models.attention_pool import AttentionPool, PoolKind
 from heads.models.config import AttentionConfig
@@ -37,17 +39,18 @@ class ABMIL(ProjectedHead):
         self.classifier_dropout = Dropout(config.rate(config.classifier_dropout))
         self.classifier = Float32Linear(config.embed_dim, classes)
 
-    def forward(self, batch: BagBatch, **schedule: float) -> HeadOutput:
-        """Classify a batch.
+    def classify(self, members: torch.Tensor, batch: BagBatch, **schedule: float) -> HeadOutput:
+        """Classify embedded patches.
 
         Args:
+            members: (ΣP, E).
             batch: B cases.
             schedule: Not used.
 
         Returns:
             Logits (B, C) and attention ``patch`` over the patches of each case.
         """
-        pooled, attention = self.pool(self.embed(batch), batch.case_patch_offsets)
+        pooled, attention = self.pool(members, batch.case_patch_offsets)
         return HeadOutput(self.classifier(self.classifier_dropout(pooled)), {"patch": attention})
 
 

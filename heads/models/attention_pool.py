@@ -77,6 +77,14 @@ class AttentionPool(nn.Module):
         lines = softmax_lines(logits, offsets)
         return lines @ members, Attention(lines.sum(0), logits, offsets)
 
+    def weigh(self, members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `forward` takes the softmax of (N, 1), and what it then sums up (N, E)."""
+        return self._logits(members)[:, None], members
+
+    def finish(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(G, E) embeddings of such sums: they are so."""
+        return pooled
+
     def _logits(self, members: torch.Tensor) -> torch.Tensor:
         hidden = torch.tanh(wide(self.value(members)))
         if self.gate is not None:

@@ -43,17 +43,17 @@ class ClamSB(GatedABMIL):
         self.config = config
         self.instance_classifiers = nn.Linear(config.embed_dim, 2 * classes)
 
-    def forward(self, batch: BagBatch, **schedule: float) -> HeadOutput:
-        """Classify a batch.
+    def classify(self, members: torch.Tensor, batch: BagBatch, **schedule: float) -> HeadOutput:
+        """Classify embedded patches.
 
         Args:
+            members: (ΣP, E).
             batch: B cases.
             schedule: Not used.
 
         Returns:
             Logits (B, C), attention ``patch`` over the patches of each case, instance scores (ΣP, C).
         """
-        members = self.embed(batch)
         pooled, attention = self.pool(members, batch.case_patch_offsets)
         no, yes = scores_of(wide(members), self.instance_classifiers).chunk(2, dim=1)
         logits = self.classifier(self.classifier_dropout(pooled))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import nn
 
 from featstore.bags import BagBatch
@@ -47,10 +48,11 @@ class DSMIL(ProjectedHead):
         self.classifier_dropout = Dropout(config.rate(config.classifier_dropout))
         self.classifier = Float32Linear(classes * width, classes)
 
-    def forward(self, batch: BagBatch, **schedule: float) -> HeadOutput:
-        """Classify a batch.
+    def classify(self, members: torch.Tensor, batch: BagBatch, **schedule: float) -> HeadOutput:
+        """Classify embedded patches.
 
         Args:
+            members: (ΣP, E).
             batch: B cases.
             schedule: Not used.
 
@@ -58,7 +60,7 @@ class DSMIL(ProjectedHead):
             Logits (B, C), attention ``patch`` (ΣP, C), instance scores (ΣP, C) and, as ``aux_logits``,
             the critical patches' scores (B, C).
         """
-        offsets, members = batch.case_patch_offsets, self.embed(batch)
+        offsets = batch.case_patch_offsets
         full = wide(members)
         scores = scores_of(full, self.score)
         queries = wide(layer_of(members, self.query.weight, self.query.bias))

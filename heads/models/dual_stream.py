@@ -69,11 +69,26 @@ class DualStream(Head):
         self.fusion = _FUSIONS[config.fusion_method](width)
         self.classifier = Float32Linear(2 * width if config.fusion_method == "concat" else width, classes)
 
-    def forward(self, batch: BagBatch, temperature: float = 1.0, **schedule: float) -> HeadOutput:
-        """Classify a batch.
+    def embed(self, batch: BagBatch) -> torch.Tensor:
+        """(ΣP, hidden_dim, or D) h of every patch."""
+        if self.hidden is None:
+            found: torch.Tensor = self.dropout(self.standardize(batch.features))
+            return found
+        standardize, given = self.standardize, batch.standardized
+        return project(batch.features, standardize, self.hidden, self.dropout, given)
+
+    def forward(self, batch: BagBatch, **schedule: float) -> HeadOutput:
+        """`classify` of a batch's patches, embedded."""
+        return self.classify(self.embed(batch), batch, **schedule)
+
+    def classify(
+        self, instances: torch.Tensor, batch: BagBatch, temperature: float = 1.0, **schedule: float
+    ) -> HeadOutput:
+        """Classify embedded patches.
 
         Args:
-            batch: B cases.
+            instances: (ΣP, hidden_dim, or D).
+            batch: B cases; its features are not read.
             temperature: T > 0 of the selection; the lower, the sharper.
             schedule: Not used.
 
@@ -82,11 +97,6 @@ class DualStream(Head):
             of each case; instance scores (ΣP,).
         """
         offsets = batch.case_patch_offsets
-        if self.hidden is None:
-            instances = self.dropout(self.standardize(batch.features))
-        else:
-            standardize, given = self.standardize, batch.standardized
-            instances = project(batch.features, standardize, self.hidden, self.dropout, given)
         scores = self.score(instances).squeeze(-1)
         selection = segment_softmax(scores / temperature, offsets)
         critical = weighted_sum(selection, instances, offsets)

@@ -125,6 +125,20 @@ class ProjectedHead(Head):
         standardize, layer, dropout = self.standardize, self.projector, self.projector_dropout
         return project(batch.features, standardize, layer, dropout, batch.standardized)
 
+    def forward(self, batch: BagBatch, **schedule: float) -> HeadOutput:
+        """`classify` of a batch's patches, embedded."""
+        return self.classify(self.embed(batch), batch, **schedule)
+
+    def classify(self, members: torch.Tensor, batch: BagBatch, **schedule: float) -> HeadOutput:
+        """Classify a batch whose patches are embedded already.
+
+        Args:
+            members: (ΣP, E) h of every patch.
+            batch: B cases; which patches are theirs, its features are not read.
+            schedule: What `schedule` says of the epoch.
+        """
+        raise NotImplementedError
+
 
 class Float32Linear(nn.Linear):
     """A linear layer that stays in float32 under autocast: for what there are few of, or what is ranked.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from featstore.bags import BagBatch
@@ -40,17 +41,17 @@ class Hierarchical(ProjectedHead):
         self.classifier_dropout = Dropout(config.rate(config.classifier_dropout))
         self.classifier = Float32Linear(config.embed_dim, classes)
 
-    def forward(self, batch: BagBatch, **schedule: float) -> HeadOutput:
-        """Classify a batch.
+    def classify(self, members: torch.Tensor, batch: BagBatch, **schedule: float) -> HeadOutput:
+        """Classify embedded patches.
 
         Args:
+            members: (ΣP, E).
             batch: B cases.
             schedule: Not used.
 
         Returns:
             Logits (B, C) and attention of the levels ``patch``, ``slice`` and ``stain``.
         """
-        members = self.embed(batch)
         attention: dict[str, Attention] = {}
         offsets = {
             "patch": batch.slice_offsets,

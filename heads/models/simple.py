@@ -30,17 +30,18 @@ class Mean(ProjectedHead):
         self.classifier_dropout = Dropout(config.rate(config.classifier_dropout))
         self.classifier = Float32Linear(config.embed_dim, classes)
 
-    def forward(self, batch: BagBatch, **schedule: float) -> HeadOutput:
-        """Classify a batch.
+    def classify(self, members: torch.Tensor, batch: BagBatch, **schedule: float) -> HeadOutput:
+        """Classify embedded patches.
 
         Args:
+            members: (ΣP, E).
             batch: B cases.
             schedule: Not used.
 
         Returns:
             Logits (B, C), no attention.
         """
-        pooled = self.pool(self.embed(batch), batch.case_patch_offsets)
+        pooled = self.pool(members, batch.case_patch_offsets)
         return HeadOutput(self.classifier(self.classifier_dropout(pooled)))
 
     def pool(self, members: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

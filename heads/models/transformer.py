@@ -56,10 +56,19 @@ class MultiHeadPool(nn.Module):
         Returns:
             (G, E) pooled embeddings, and the mean attention of the heads (`attention_of_heads`).
         """
-        hidden = self.dropout(torch.tanh(_grouped(self.value, members)))
-        logits = wide(_grouped(self.weight, hidden))
+        logits, values = self.weigh(members)
         weights, attention = attention_of_heads(logits, offsets)
-        return self.output(_weighted_parts(weights, members, offsets)), attention
+        return self.finish(_weighted_parts(weights, values, offsets)), attention
+
+    def weigh(self, members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each head takes the softmax of (N, H), and what is then summed up in parts (N, E)."""
+        hidden = self.dropout(torch.tanh(_grouped(self.value, members)))
+        return wide(_grouped(self.weight, hidden)), members
+
+    def finish(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(G, E) embeddings of such sums."""
+        found: torch.Tensor = self.output(pooled)
+        return found
 
 
 class TransformerPool(nn.Module):
@@ -112,15 +121,24 @@ class TransformerPool(nn.Module):
         Returns:
             (G, E) pooled embeddings, and the mean attention of the heads (`attention_of_heads`).
         """
+        logits, values = self.weigh(members)
+        weights, attention = attention_of_heads(logits, offsets)
+        return self.finish(_weighted_parts(weights, values, offsets)), attention
+
+    def weigh(self, members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each head takes the softmax of (N, H), and what is then summed up in parts (N, E)."""
         members = self.member_norm(members)
         query = self.query(self.token_norm(self.token)).view(self.heads, -1)
         # q · (K x) = (Kᵀ q) · x: one vector a head is projected, not every member.
         asked = (query[:, None] @ self.key.weight.view(self.heads, -1, len(self.token)))[:, 0]
         logits = wide(nn.functional.linear(members, asked)) * query.shape[1] ** -0.5
-        weights, attention = attention_of_heads(logits, offsets)
-        answer = self.output(_weighted_parts(weights, self.value(members), offsets))
-        pooled = self.token + self.dropout(answer)
-        return pooled + self.mlp(self.pooled_norm(pooled)), attention
+        return logits, self.value(members)
+
+    def finish(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(G, E) embeddings of such sums."""
+        answered = self.token + self.dropout(self.output(pooled))
+        found: torch.Tensor = answered + self.mlp(self.pooled_norm(answered))
+        return found
 
 
 def attention_of_heads(logits: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, Attention]:

@@ -85,17 +85,18 @@ class TransMIL(ProjectedHead):
         self.classifier_dropout = Dropout(config.rate(config.classifier_dropout))
         self.classifier = Float32Linear(width, classes)
 
-    def forward(self, batch: BagBatch, **schedule: float) -> HeadOutput:
-        """Classify a batch.
+    def classify(self, members: torch.Tensor, batch: BagBatch, **schedule: float) -> HeadOutput:
+        """Classify embedded patches.
 
         Args:
+            members: (ΣP, E).
             batch: B cases.
             schedule: Not used.
 
         Returns:
             Logits (B, C) and attention ``patch`` over the patches of each case.
         """
-        members, offsets = self.embed(batch), batch.case_patch_offsets
+        offsets = batch.case_patch_offsets
         cases = [self._case(members[a:b]) for a, b in itertools.pairwise(offsets.tolist())]
         token, weights, logits = (torch.cat(each) for each in zip(*cases, strict=True))
         return HeadOutput(

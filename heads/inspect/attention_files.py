@@ -1,0 +1,190 @@
+"""`attention_analysis/` of a run: tables, texts and pictures of what its head attended to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from featstore.cohort.tables import write_csv
+from featstore.slides import SlideImages
+from featstore.store.format import GEOMETRY_COLUMNS
+from featstore.store.ids import component
+from heads.config import Config
+from heads.evaluation.plots import save
+from heads.evaluation.runs import write_text
+from heads.inspect.attention import read_attention
+from heads.inspect.attention_plots import stain_figure
+from heads.inspect.attention_text import summary_text, top_text
+from heads.inspect.case_files import FOLDERS, CaseJob, draw_case, slice_names
+from heads.inspect.drawing import draw_all
+from heads.inspect.opened import Opened, open_run
+from heads.inspect.pictures import PatchImages, images_of
+from heads.inspect.tables import AttentionTables, slice_equality, top_patches
+
+FOLDER = "attention_analysis"
+Update = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionReport:
+    """What `featstore attention` wrote.
+
+    Attributes:
+        run: The run's folder.
+        folder: Where the files are; None where the head has no attention.
+        tables: None where the head has no attention.
+        notes: What could not be shown, and why.
+    """
+
+    run: Path
+    folder: Path | None
+    tables: AttentionTables | None
+    notes: list[str] = field(default_factory=list)
+
+    def to_text(self) -> str:
+        """The stains' attention, and where the rest is."""
+        if self.tables is None or self.folder is None:
+            return "\n".join([f"{self.run}", *self.notes])
+        stains = self.tables.stains.groupby("stain", sort=False)["stain_attention"]
+        lines = [f"{self.folder}: {len(self.tables.cases)} cases, {len(self.tables.patches):,} patches"]
+        for stain, mean in stains.mean().items():
+            equal = self.tables.stains.loc[self.tables.stains["stain"] == stain, "uniform"].mean()
+            lines.append(
+                f"  {stain}: {mean:.3f} of a case's attention on average (equal shares: {equal:.3f})"
+            )
+        shown = self.notes[:10]
+        lines += [f"  note: {note}" for note in shown]
+        if len(self.notes) > len(shown):
+            lines.append(f"  … and {len(self.notes) - len(shown)} further notes, in notes.txt")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON types."""
+        found: dict[str, Any] = {"run": str(self.run), "notes": self.notes}
+        found["folder"] = None if self.folder is None else str(self.folder)
+        if self.tables is not None:
+            mean = self.tables.stains.groupby("stain", sort=False)["stain_attention"].mean()
+            found |= {"cases": len(self.tables.cases), "patches": len(self.tables.patches)}
+            found["stain_attention"] = {str(name): float(value) for name, value in mean.items()}
+        return found
+
+
+def attention_project(
+    config: Config,
+    project: Path,
+    wanted: Path | None = None,
+    part: str = "test",
+    only: tuple[str, ...] = (),
+    top_n: int = 5,
+    top_percent: float = 5.0,
+    overlays: int = 6,
+    tell: Callable[[str], None] = lambda text: None,
+    update: Update = lambda done, total: None,
+) -> AttentionReport:
+    """Write a run's `attention_analysis/`.
+
+    Args:
+        config: The project's settings; of the run its own are used.
+        project: The folder that relative paths start from.
+        wanted: The run; the newest finished one by default.
+        part: Which cases: ``test``, ``val``, ``train`` or ``all``.
+        only: Case ids; these alone, if there are any.
+        top_n: Patches a gallery.
+        top_percent: Of a case's patches, listed as its most attended ones.
+        overlays: Slices a case that get an overlay.
+        tell: Called with remarks.
+        update: Called with the number of cases drawn, and of all.
+
+    Raises:
+        FeatstoreError: Run, checkpoint or store cannot be used; there are no such cases.
+    """
+    opened = open_run(config, project, wanted, part, only, tell)
+    tables = read_attention(opened)
+    if tables is None:
+        note = f"the head {opened.config.head.name} has no attention: there is nothing to show of it"
+        return AttentionReport(opened.run.path, None, None, [note])
+    folder = opened.run.path / FOLDER
+    notes = write_tables(tables, folder, top_percent)
+    save(stain_figure(tables.stains, tables.cases), folder / "stain_attention_distribution.png")
+    images, why = patch_images(opened)
+    notes += [why] if why else []
+    slides = slide_images(opened)
+    jobs = case_jobs(opened, tables, folder, images, slides, top_n, overlays)
+    selected = []
+    for name in FOLDERS:
+        (folder / name).mkdir(exist_ok=True)
+        for old in (folder / name).glob("*case_*.*g"):  # an earlier analysis' pictures, of other cases
+            old.unlink()
+    for drawn in draw_all(draw_case, jobs, len(tables.cases), update):
+        selected.append(drawn.selected)
+        notes += drawn.notes
+    _write(folder / "plots" / "patch_attention_selected_slices.csv", pd.concat(selected))
+    write_text(folder / "notes.txt", "".join(f"{note}\n" for note in notes) or "nothing to note\n")
+    return AttentionReport(opened.run.path, folder, tables, notes)
+
+
+def write_tables(tables: AttentionTables, folder: Path, percent: float) -> list[str]:
+    """Write what is numbers and words.
+
+    Returns:
+        Notes.
+    """
+    folder.mkdir(exist_ok=True)
+    _write(folder / "patch_attention.csv", tables.patches)
+    _write(folder / "slice_attention.csv", tables.slices)
+    _write(folder / "stain_attention.csv", tables.stains)
+    _write(folder / "case_attention.csv", tables.cases)
+    equality = slice_equality(tables)
+    _write(folder / "slice_attention_equality.csv", equality)
+    _write(folder / "slice_attention_equality_misclassified.csv", equality[equality["correct"] == 0])
+    top, shown = top_patches(tables, percent), f"{float(percent)}pct"
+    _write(folder / f"top_effective_patches_per_case_{shown}.csv", top)
+    text = top_text(tables, top, percent)
+    write_text(folder / f"top_effective_patches_per_case_summary_{shown}.txt", text)
+    write_text(folder / "attention_summary.txt", summary_text(tables, equality))
+    return []
+
+
+def _write(path: Path, table: pd.DataFrame) -> None:
+    write_csv(path, table.columns.tolist(), table.to_numpy(object).tolist())
+
+
+def patch_images(opened: Opened) -> tuple[PatchImages | None, str]:
+    """The patches' files, or why there are none."""
+    return images_of(opened.config, opened.project, opened.bags.store)
+
+
+def slide_images(opened: Opened) -> SlideImages | None:
+    """The pictures of the slices, where the settings name any."""
+    if opened.config.images.slides is None:
+        return None
+    return SlideImages.of_project(opened.config, opened.project)
+
+
+def case_jobs(
+    opened: Opened,
+    tables: AttentionTables,
+    folder: Path,
+    images: PatchImages | None,
+    slides: SlideImages | None,
+    top_n: int,
+    overlays: int,
+) -> Iterator[CaseJob]:
+    """What is to be drawn, case by case."""
+    named = AttentionTables(
+        tables.cases,
+        tables.patches,
+        tables.slices.assign(name=slice_names(tables.slices)),
+        tables.stains,
+        tables.levels,
+    )
+    place = [name for name in GEOMETRY_COLUMNS if name in opened.table]
+    for each in named.each():
+        case = str(each.cases["case_id"].iloc[0])
+        geometry = opened.table.loc[each.patches.index, place] if place else None
+        name = f"case_{component(case)}"
+        yield CaseJob(each, name, folder, geometry, images, slides, top_n, overlays)

@@ -1,0 +1,170 @@
+"""A trained run, opened to be looked into: its head, its settings, its cases' embeddings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from featstore.bags import BagBatch
+from featstore.cohort.names import natural_sorted, normalize_case
+from featstore.errors import ConfigError
+from featstore.resident import CaseBags
+from featstore.settings import nearest_name
+from featstore.store import Store
+from heads.cohort import check_unchanged, load_bags
+from heads.config import Config
+from heads.evaluation.checkpoints import identity_of, load_best_of, load_state
+from heads.evaluation.runs import RunError, RunFolder, find_run, read_about, read_config, read_own_split
+from heads.models.head import Head, load_plugin
+from heads.project import on_this_machine, plugin_of
+from heads.training.data import micro_batches
+
+PARTS = ("test", "val", "train", "all")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run and the cases of it that are looked into.
+
+    Everything here is computed in float32, whatever the run was trained and evaluated in: the effect
+    of one patch among thousands is less than what bf16 rounds away.
+
+    Attributes:
+        run: The folder.
+        config: The run's, on this machine.
+        project: The folder that the config's paths start from.
+        about: What `run.json` says.
+        head: Of the best epoch.
+        bags: The cases' embeddings.
+        cases: N case ids, in natural order.
+        part: Which cases: ``test``, ``val``, ``train`` or ``all``.
+        threshold: Of two classes, the probability of the second from which on it is called; None: the
+            most probable class is called.
+    """
+
+    run: RunFolder
+    config: Config
+    project: Path
+    about: dict[str, Any]
+    head: Head
+    bags: CaseBags
+    cases: tuple[str, ...]
+    part: str
+    threshold: float | None = None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In config order."""
+        return tuple(self.about["class_names"])
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(N,) true class indices."""
+        return np.array([self.about["labels"][case] for case in self.cases], np.int64)
+
+    @property
+    def schedule(self) -> dict[str, float]:
+        """What the head is told of the epoch: the last one's, as in evaluation."""
+        return self.head.schedule(self.config.train.epochs - 1, self.config.train.epochs)
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """One row a patch of the cases, in order; see `Store.table`."""
+        return pd.concat([self.bags.store.table(case) for case in self.cases])
+
+    def batches(self, budget: int | None = None) -> Iterator[BagBatch]:
+        """The cases with all their patches, some at once.
+
+        Args:
+            budget: Patches a batch, at most; a larger case comes alone. By default the run's.
+        """
+        outlines = [self.bags.outlines[case] for case in self.cases]
+        for bags in micro_batches(outlines, budget or self.config.train.patch_budget):
+            yield self.bags.batch(bags)
+
+    def called(self, probabilities: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
+        """(N,) the class that (N, C) probabilities are called, by the run's threshold if it has one."""
+        if self.threshold is None:
+            return np.asarray(probabilities.argmax(axis=1), np.int64)
+        return np.asarray(probabilities[:, 1] >= self.threshold, np.int64)
+
+
+def open_run(
+    config: Config,
+    project: Path,
+    wanted: Path | None = None,
+    part: str = "test",
+    only: Sequence[str] = (),
+    tell: Callable[[str], None] = lambda text: None,
+) -> Opened:
+    """Open a run to look into it.
+
+    Args:
+        config: The project's settings; of the run its own are used.
+        project: The folder that relative paths start from.
+        wanted: The run; the newest finished one by default.
+        part: Which cases: ``test``, ``val``, ``train``, or ``all`` three.
+        only: Case ids; these alone, if there are any.
+        tell: Called with remarks.
+
+    Raises:
+        FeatstoreError: Run, checkpoint or store cannot be used; there are no such cases.
+    """
+    if part not in PARTS:
+        raise ConfigError(f"--part is {part!r}", expected=" | ".join(PARTS), fix="--part test")
+    run = find_run(project / config.runs.path, wanted)
+    mine, about = on_this_machine(read_config(run), config), read_about(run)
+    # Where pictures are is a matter of the place, too.
+    mine = mine.model_copy(update={"patches": config.patches, "images": config.images})
+    mine = mine.model_copy(update={"train": mine.train.model_copy(update={"views": False})})
+    load_plugin(plugin_of(mine, project))
+    cases = _chosen(run, about, part, only, config.patches.normalize_cases)
+    store = Store.open(project / mine.store.path)
+    labels = {case: about["labels"][case] for case in cases}
+    bags = load_bags(mine, store, labels, tell, about["store"]["fingerprint"])
+    check_unchanged(bags, about, tell)
+    state = load_state(run.last, identity_of(mine, about))
+    head = load_best_of(run, mine, about, state, tell).to(bags.device).float().eval()
+    return Opened(run, mine, project, about, head, bags, cases, part, _threshold(run))
+
+
+def _chosen(
+    run: RunFolder, about: dict[str, Any], part: str, only: Sequence[str], normalize: bool
+) -> tuple[str, ...]:
+    parts = {n.removesuffix("_cases"): list(c) for n, c in read_own_split(run, about).parts().items()}
+    there = natural_sorted(c for name, cases in parts.items() if part in (name, "all") for c in cases)
+    if not there:
+        raise RunError(
+            f"the run has no {part} cases",
+            expected="cases to look into",
+            where=str(run.path),
+            fix=f"choose another part: --part {next((n for n, c in parts.items() if c), 'all')}",
+        )
+    wanted = [normalize_case(case) if normalize and case not in there else case for case in only]
+    if missing := [case for case in wanted if case not in there]:
+        other = next((name for name, cases in parts.items() if missing[0] in cases), None)
+        near = nearest_name(missing[0], there)
+        raise RunError(
+            f"{missing[0]!r} is no {'' if part == 'all' else f'{part} '}case of the run",
+            expected=f"one of {', '.join(there[:10])}{', …' if len(there) > 10 else ''}",
+            where=f"--case, {run.path}",
+            fix=f"--part {other}" if other else f"--case {near}" if near else "choose another case",
+        )
+    return tuple(natural_sorted(set(wanted))) if only else tuple(there)
+
+
+def _threshold(run: RunFolder) -> float | None:
+    """The run's own threshold; of an unfinished run, or one whose results cannot be read, none."""
+    try:
+        found = json.loads(run.results.read_text(encoding="utf-8"))["test"]["threshold"]
+        return None if found is None else float(found)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
