@@ -44,9 +44,11 @@ def read_curves(
     for i, (case, batch) in enumerate(zip(opened.cases, opened.batches(1), strict=True)):
         mine = probes.patches.iloc[bounds[i] : bounds[i + 1]]
         c = opened.class_names.index(called[case])
-        for name, order in _orders(mine, called[case], i).items():
-            logits = curves(opened.head, batch, torch.from_numpy(order), fractions, **opened.schedule)
-            share = torch.softmax(logits.double(), -1)[..., c].cpu().numpy()
+        orders = _orders(mine, called[case], i)
+        together = torch.from_numpy(np.stack(list(orders.values())))
+        logits = curves(opened.head, batch, together, fractions, **opened.schedule)
+        shares = torch.softmax(logits.double(), -1)[..., c].cpu().numpy()
+        for name, share in zip(orders, shares, strict=True):
             for kind, line in zip(("deletion", "insertion"), share, strict=True):
                 columns = {"case_id": case, "order": name, "kind": kind}
                 found.append(pd.DataFrame({**columns, "fraction": fractions, "probability": line}))

@@ -38,7 +38,7 @@ _EMBEDDED: tuple[type[Head], ...] = (
 def curves(
     head: Head,
     batch: BagBatch,
-    order: torch.Tensor,
+    orders: torch.Tensor,
     fractions: Sequence[float] = FRACTIONS,
     **schedule: float,
 ) -> torch.Tensor:
@@ -46,28 +46,31 @@ def curves(
 
     The f of K fractions stands for k = f · P patches, rounded, half up. No bag is empty: what is deleted
     last leaves the last patch, what is inserted first is the first patch. featstore's own heads
-    project each patch once.
+    project each patch once, for all orders.
 
     Args:
         head: Trained; it is put in evaluation mode.
         batch: One case of P patches, on the head's device.
-        order: (P,) int64 positions of the patches, the most important first.
+        orders: (P,) int64 positions of the patches, the most important first; or (R, P), several.
         fractions: K, each from 0 to 1.
         schedule: What `Head.schedule` says of the epoch.
 
     Returns:
-        (2, K, C) logits: of the case without the first k patches, k ≤ P − 1, and of the first k alone,
+        ([R,] 2, K, C) logits: of the case without the first k patches, k ≤ P − 1, and of the first k alone,
         k ≥ 1. Slices and stains that have no patches left are gone.
 
     Raises:
-        ValueError: There is not one case, ``order`` does not name each of its patches once, or a
+        ValueError: There is not one case, an order does not name each of its patches once, or a
             fraction is not from 0 to 1.
     """
     count = len(batch.features)
-    order = torch.as_tensor(order, device=batch.features.device)
+    orders = torch.as_tensor(orders, device=batch.features.device)
     if len(batch) != 1:
         raise ValueError(f"curves are of one case, and the batch has {len(batch)}")
-    if not torch.equal(order.sort().values, torch.arange(count, device=order.device)):
+    each = (
+        torch.arange(count, device=orders.device).expand_as(orders) if orders.shape[-1] == count else None
+    )
+    if each is None or not torch.equal(orders.sort(-1).values, each):
         raise ValueError(f"the order must name each of the {count} patches once")
     if not all(0 <= fraction <= 1 for fraction in fractions):
         raise ValueError(f"fractions must lie from 0 to 1: {list(fractions)}")
@@ -75,7 +78,7 @@ def curves(
     sizes = [int(fraction * count + 0.5) for fraction in fractions]
     deleted = [min(size, count - 1) for size in sizes]
     inserted = [max(size, 1) for size in sizes]
-    rank = torch.empty_like(order).scatter_(0, order, torch.arange(count, device=order.device))
+    ranks = torch.empty_like(orders).scatter_(-1, orders, each)
     with torch.no_grad(), torch.autocast(batch.features.device.type, enabled=False):
         embedded = type(head) in _EMBEDDED
         if embedded:
@@ -88,10 +91,13 @@ def curves(
                 return _own(head).classify(left.features, left, **schedule).logits
             return head(left, **schedule).logits
 
-        without = {k: say(rank >= k) for k in dict.fromkeys(deleted)}
-        alone = {k: say(rank < k) for k in dict.fromkeys(inserted)}
-    lines = [[without[k] for k in deleted], [alone[k] for k in inserted]]
-    return torch.stack([torch.cat(line) for line in lines])
+        whole, found = say(torch.ones(count, dtype=torch.bool, device=orders.device)), []
+        for rank in ranks.reshape(-1, count):
+            without = {k: say(rank >= k) if k else whole for k in dict.fromkeys(deleted)}
+            alone = {k: say(rank < k) if k < count else whole for k in dict.fromkeys(inserted)}
+            lines = [[without[k] for k in deleted], [alone[k] for k in inserted]]
+            found.append(torch.stack([torch.cat(line) for line in lines]))
+    return found[0] if orders.ndim == 1 else torch.stack(found)
 
 
 def _own(head: Head) -> ProjectedHead | DualStream:

@@ -80,7 +80,8 @@ def similar(
         if number is not None and number < 1:
             raise ConfigError(f"{name} is {number}", expected="at least 1", where=name, fix="ask for more")
     if metric not in ("cosine", "euclidean"):
-        raise ConfigError(f"unknown metric {metric!r}", expected="cosine or euclidean", where="metric", fix="choose one")
+        expected = "cosine or euclidean"
+        raise ConfigError(f"unknown metric {metric!r}", expected=expected, where="metric", fix="choose one")
     if stain is not None and stain not in store.stains():
         raise StoreError(
             f"the store has no stain {stain!r}",

@@ -58,7 +58,7 @@ def offline(browser: Any, **options: Any) -> Iterator[Any]:
     """
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
     context.set_offline(True)
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(30_000)
     yield context
     context.close()
 

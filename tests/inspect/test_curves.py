@@ -85,8 +85,12 @@ def test_a_patch_goes_through_the_projector_once(monkeypatch: pytest.MonkeyPatch
     given = head_module.project
     monkeypatch.setattr(head_module, "project", lambda x, *rest: (rows.append(len(x)), given(x, *rest))[1])
     bag = case()
-    curves(make_head(("hierarchical", {})), collate([bag]), make_order(bag))
+    orders = torch.stack([make_order(bag), make_order(bag).flip(0)])
+    found = curves(make_head(("hierarchical", {})), collate([bag]), orders)
     assert rows == [len(bag)]
+    for order, each in zip(orders, found, strict=True):
+        expected = curves(make_head(("hierarchical", {})), collate([bag]), order)
+        torch.testing.assert_close(each, expected)
 
 
 def test_taking_the_maximum_of_all_features_first_lowers_what_is_left() -> None:
@@ -103,13 +107,14 @@ def test_taking_the_maximum_of_all_features_first_lowers_what_is_left() -> None:
     ("change", "said"),
     [
         ({"batch": collate(make_cases(2))}, "one case"),
-        ({"order": torch.tensor([0, 0, 1])}, "each of the"),
+        ({"orders": torch.tensor([0, 0, 1])}, "each of the"),
+        ({"orders": torch.zeros(2, len(case()), dtype=torch.int64)}, "each of the"),
         ({"fractions": (0.0, 1.5)}, "from 0 to 1"),
     ],
 )
 def test_what_is_no_curve_is_refused(change: dict, said: str) -> None:
     bag = case()
-    given = {"batch": collate([bag]), "order": make_order(bag), "fractions": (0.5,), **change}
+    given = {"batch": collate([bag]), "orders": make_order(bag), "fractions": (0.5,), **change}
     with pytest.raises(ValueError, match=said):
         curves(make_head(("mean", {})), **given)
 

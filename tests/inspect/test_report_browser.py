@@ -197,14 +197,21 @@ def test_keys_do_nothing_while_somebody_types_or_looks_at_a_picture(page: Any) -
     assert shown(page) == ["2"]
     page.keyboard.press("Control+k")
     page.keyboard.press("Escape")  # closes the picture, not the case
+    page.evaluate(
+        "() => { const field = document.createElement('input');"
+        " document.querySelector('article.open').append(field); field.focus() }"
+    )
+    page.keyboard.type("jk")
+    assert page.locator("article.open input").input_value() == "jk"
     assert not page.evaluate("document.getElementById('zoom').open")
     assert shown(page) == ["2"]
 
 
 def test_a_deep_link_opens_any_case_and_its_id_is_only_text(context: Any, file: Path) -> None:
     with opened(context, file) as page:
-        for case in HOSTILE:
-            page.goto("about:blank")  # a change of the fragment alone loads nothing
+        for place, case in enumerate(HOSTILE):
+            if place < 3:
+                page.goto("about:blank")  # else the fragment alone changes, and nothing is loaded
             page.goto(f"{file.as_uri()}#{anchor(case)}")
             assert shown(page) == [case]
             assert page.locator("article.open h2").inner_text().startswith(f"Case {case}")
