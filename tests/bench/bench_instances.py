@@ -3,12 +3,12 @@
     OMP_NUM_THREADS=1 python tests/bench/bench_instances.py --data CRCHISTO_FOLDER --work WORK_FOLDER
 
 48 colon cases, DenseNet121 with random weights; a head knows the label of a case alone. As `featstore
-train-head --folds 5 --seeds 3` trains them, each with the settings that it has when nothing is set; every
-case is looked into by the training whose test case it is. Within each positive case that has both kinds of
-patches: the AUC of three scores against the truth, of *attention* (effective attention), *alone* (the
-probability of the positive class by the patch as a bag of its own) and *effect* (that of the case, less that
-of the case without the patch); the mean over the cases, over the seeds. Intervals: percentiles of 2,000
-resamples of the cases, the same for all scores.
+train-head --folds 5 --seeds 3` trains them, each with the settings that it has when nothing is set;
+every case is looked into by the training whose test case it is. Within each positive case that has both
+kinds of patches: the AUC of three scores against the truth, of *attention* (effective attention), *alone*
+(the probability of the positive class by the patch as a bag of its own) and *effect* (that of the case,
+less that of the case without the patch); the mean over the cases, over the seeds. Intervals: percentiles
+of 2,000 resamples of the cases, the same for all scores.
 """
 
 from __future__ import annotations

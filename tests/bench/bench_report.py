@@ -3,9 +3,10 @@
     python -m tests.bench.bench_report --work WORK_FOLDER
 
 Patches are crops of 224 px of real tissue, stains h&e, melan and sox10, two slices each; embeddings
-(1024-d) are random with a planted signal, as extraction is no part of this. `hierarchical` is trained for
-two epochs on six further cases, so that all 100 are test cases. Each command is a process of its own, timed
-from its start to its end; the wanted limit is 5 minutes for `attention` and `report` together, on two cores.
+(1024-d) are random with a planted signal, as extraction is no part of this. `hierarchical` is trained
+for two epochs on six further cases, so that all 100 are test cases. Each command is a process of its own,
+timed from its start to its end; the wanted limit is 5 minutes for `attention` and `report` together, on
+two cores.
 """
 
 from __future__ import annotations

@@ -15,14 +15,14 @@ import pandas as pd
 
 from featstore.slides import SlideImages
 from heads.inspect.case_files import overlay_notes, overlays, patch_title
-from heads.inspect.pictures import PatchImages, PictureError, jpeg, number
+from heads.inspect.pictures import PatchImages, PictureError, jpeg
 from heads.inspect.report.content import CasePage, Gallery, Member, Picture, Tile
 from heads.inspect.tables import AttentionTables, neutral, ranked, records
 
 OVERLAYS, OVERLAY_SIDE, TILE_SIDE = 6, 560, 112
 _TILES = 5  # a gallery
 # A hundred cases of six overlays and twenty patches shall stay below 25 MB, as base64.
-_OVERLAY_BYTES, _TILE_BYTES = 20_000, 3_200
+_OVERLAY_BYTES, _TILE_BYTES = 17_500, 3_000
 _NEUTRAL_PERCENT = 5.0
 
 
@@ -63,7 +63,7 @@ def draw_page(job: PageJob) -> CasePage:
         of_case = overlays(job.attention, job.geometry, job.images, job.slides, OVERLAYS, OVERLAY_SIDE)
         for (_, drawn), row in zip(of_case, _most_attended(job.attention), strict=True):
             what = f"Case {case['case_id']}, {row['stain']}, slice {row['slice_id']}"
-            share = f"{number(row['effective_attention'])} of the case's attention"
+            share = f"{100 * row['effective_attention']:.3g} % of the case's attention"
             where = "on the slice" if drawn.kind == "slide" else "patches side by side"
             alt = f"{what}: attention {where}; {row['patches']} patches, {share}"
             data = jpeg(drawn.shaded, _OVERLAY_BYTES)
