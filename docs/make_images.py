@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -92,6 +93,20 @@ def attention_picture(project: Path, run: Path) -> Image.Image:
     return sheet.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
 
 
+def page_picture(report: Path, case: str, path: Path) -> None:
+    """Take a picture of a case's page in a report, with the machine's own Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        page = browser.new_page(viewport={"width": 1100, "height": 1500})
+        page.goto(f"{report.resolve().as_uri()}#case={case}")
+        page.screenshot(path=path, type="jpeg", quality=72)
+        browser.close()
+
+
 def _draw_row(sheet: Image.Image, folder: Path, rows: list[dict[str, str]], top: int) -> None:
     """Up to three planted patches among six, in the order of the table."""
     planted = [row for row in rows if row["planted"] == "1"][: IN_ROW // 2]
@@ -119,6 +134,11 @@ if __name__ == "__main__":
         demo_picture(demo).save(IMAGES / "demo_patches.png", optimize=True)
         (run,) = (demo / "runs").glob("*_dual_stream")
         attention_picture(demo, run).save(IMAGES / "demo_attention.png", optimize=True)
+        featstore = Path(sys.executable).with_name("featstore")
+        subprocess.run([featstore, "attention", run, "--project", demo], check=True)
+        overlay = Image.open(run / "attention_analysis/overlays/case_15_h&e_sliceunmatched_1_attention.jpg")
+        overlay.convert("RGB").save(IMAGES / "overlay.jpg", quality=82, optimize=True)
+        page_picture(run / "report.html", "15", IMAGES / "report_case.jpg")
         loss = Image.open(run / "model_loss.png")
         loss.thumbnail((760, 760))
         loss.convert("RGB").quantize(64).save(IMAGES / "demo_loss.png", optimize=True)

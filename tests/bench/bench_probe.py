@@ -160,17 +160,20 @@ def many(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=["cost", "many"], default=["cost", "many"])
+    parser.add_argument("what", nargs="*", help="cost, many; by default both")
     parser.add_argument("--patches", type=int, default=7500)
     parser.add_argument("--dim", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--heads", nargs="+", default=HEADS)
     parser.add_argument("--counts", nargs="+", type=int, default=[100_000, 1_000_000])
     arguments = parser.parse_args()
+    parts = {"cost": cost, "many": many}
+    if not set(arguments.what) <= set(parts):
+        parser.error(f"{' '.join(arguments.what)}: cost, many or both are there")
     keep_freed_memory()
     print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
-    for what in arguments.what:
-        {"cost": cost, "many": many}[what](arguments)
+    for what in arguments.what or parts:
+        parts[what](arguments)
 
 
 if __name__ == "__main__":

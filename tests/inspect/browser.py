@@ -28,9 +28,10 @@ def _installed() -> str | None:
     """Chromium, after one attempt to install it where we may."""
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         return None
-    command = ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]
+    install = ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]
     try:
-        subprocess.run(command, capture_output=True, timeout=APT_SECONDS, check=False)
+        for command in (["apt-get", "update"], install):  # a new machine has no lists of packages yet
+            subprocess.run(command, capture_output=True, timeout=APT_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return shutil.which("chromium")

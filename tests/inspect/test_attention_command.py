@@ -18,6 +18,7 @@ from heads.evaluation.runs import RunFolder, read_about, read_config
 from heads.inspect.attention_plots import patch_figure, slice_figure, stain_figure
 from heads.inspect.case_files import draw_case, selected_patches, slice_names
 from heads.inspect.drawing import draw_all
+from heads.inspect.pictures import PatchImages
 from heads.inspect.tables import AttentionTables
 from tests.command_line import answer, refused, succeeded
 from tests.inspect.projects import PATCHES, pixels_of, project_with, run_of, tiles_of
@@ -281,3 +282,24 @@ def test_of_a_case_of_one_slice_there_is_no_least_attended_one() -> None:
     found = selected_patches(AttentionTables(pd.DataFrame(), patches, slices, pd.DataFrame(), False), 5)
     assert found["slice"].tolist() == ["most", "most"]
     assert found["end"].tolist() == ["top", "bottom"]
+
+
+def test_only_patches_that_are_shown_are_read(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_files: list[str] = []
+    whole = PatchImages.read
+    monkeypatch.setattr(
+        PatchImages, "read", lambda self, path: (read_files.append(path), whole(self, path))[1]
+    )
+    run = run_of(project, "hierarchical")
+    succeeded(project, "attention", run, "--overlays", "0", "--top-n", "2")
+    shown = {
+        tile["path"]
+        for file in run.glob("attention_analysis/*/*_patches.png")
+        for tile, _ in tiles_of(file)
+    }
+    assert set(read_files) == shown
+    assert len(shown) < 3 * 12 + 1  # of 132
+    read_files.clear()
+    succeeded(project, "attention", run, "--overlays", "1", "--top-n", "2")
+    assert len(set(read_files) - shown) <= 3 * PATCHES  # one slice a case
+    succeeded(project, "attention", run)  # as it was
