@@ -19,10 +19,12 @@ from heads.inspect.pictures import PatchImages, PictureError, jpeg
 from heads.inspect.report.content import CasePage, Gallery, Member, Picture, Tile
 from heads.inspect.tables import AttentionTables, neutral, ranked, records
 
-OVERLAYS, OVERLAY_SIDE, TILE_SIDE = 6, 560, 112
+OVERLAYS, OVERLAY_SIDE, TILE_SIDE = 6, 640, 112
 _TILES = 5  # a gallery
-# A hundred cases of six overlays and twenty patches shall stay below 25 MB, as base64.
-_OVERLAY_BYTES, _TILE_BYTES = 17_500, 3_000
+# A hundred cases of six overlays and twenty patches shall stay below 25 MB, as base64; the pictures of
+# fewer may be sharper.
+_PAGE_BYTES, _MARKUP_BYTES, _TILE_BYTES, _TILES_A_CASE = 17_600_000, 14_000, 3_000, 20
+_LEAST_OVERLAY, _MOST_OVERLAY = 17_000, 70_000
 _NEUTRAL_PERCENT = 5.0
 
 
@@ -41,6 +43,7 @@ class PageJob:
         images: Of the patches; None where there are none to be had.
         slides: Of the slices; None where none are given.
         notes: Said on the page.
+        overlay_bytes: Of an overlay, at most (`overlay_bytes`).
     """
 
     case: pd.Series
@@ -53,6 +56,13 @@ class PageJob:
     images: PatchImages | None
     slides: SlideImages | None
     notes: tuple[str, ...]
+    overlay_bytes: int = _LEAST_OVERLAY
+
+
+def overlay_bytes(cases: int) -> int:
+    """How large an overlay may be in a report of so many cases."""
+    of_case = _PAGE_BYTES / cases - _MARKUP_BYTES - _TILES_A_CASE * _TILE_BYTES
+    return int(np.clip(of_case / OVERLAYS, _LEAST_OVERLAY, _MOST_OVERLAY))
 
 
 def draw_page(job: PageJob) -> CasePage:
@@ -66,7 +76,7 @@ def draw_page(job: PageJob) -> CasePage:
             share = f"{100 * row['effective_attention']:.3g} % of the case's attention"
             where = "on the slice" if drawn.kind == "slide" else "patches side by side"
             alt = f"{what}: attention {where}; {row['patches']} patches, {share}"
-            data = jpeg(drawn.shaded, _OVERLAY_BYTES)
+            data = jpeg(drawn.shaded, job.overlay_bytes)
             width, height = drawn.shaded.size
             shown.append(Picture(data, alt, width, height, f"{row['stain']} · {row['slice_id']}: {share}"))
             notes += overlay_notes(f"{row['stain']} · {row['slice_id']}", drawn, job.slides)

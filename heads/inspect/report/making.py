@@ -21,7 +21,7 @@ from heads.inspect.case_files import slice_names
 from heads.inspect.drawing import draw_all
 from heads.inspect.opened import Opened, open_run
 from heads.inspect.probe_tables import ProbeTables, read_probes
-from heads.inspect.report.cases import PageJob, draw_page
+from heads.inspect.report.cases import PageJob, draw_page, overlay_bytes
 from heads.inspect.report.content import CasePage, Section, Table
 from heads.inspect.report.page import write_report
 from heads.inspect.report.reading import read_report
@@ -161,7 +161,7 @@ def _look_at(runs: list[Opened], update: Update) -> Looked:
         _, why = patch_images(opened)
         notes += [why] if why else []
         notes += [f"Probing: {probes.reason}"] if probes.reason else []
-        jobs = _jobs(opened, tables, probes)
+        jobs = _jobs(opened, tables, probes, overlay_bytes(total))
 
         def count(done: int, mine: int, before: int = before) -> None:
             update(before + done, total)
@@ -173,7 +173,10 @@ def _look_at(runs: list[Opened], update: Update) -> Looked:
     return Looked(tuple(pages.values()), sections, tuple(dict.fromkeys(notes)))
 
 
-def _jobs(opened: Opened, tables: AttentionTables | None, probes: ProbeTables) -> Iterator[PageJob]:
+def _jobs(
+    opened: Opened, tables: AttentionTables | None, probes: ProbeTables, most: int
+) -> Iterator[PageJob]:
+    """What the page of each case is made of; ``most`` bytes an overlay."""
     place = [name for name in GEOMETRY_COLUMNS if name in opened.table]
     images, slides = patch_images(opened)[0], slide_images(opened)
     frames = (probes.patches, probes.slices, probes.stains)
@@ -187,7 +190,7 @@ def _jobs(opened: Opened, tables: AttentionTables | None, probes: ProbeTables) -
         geometry = opened.table.loc[patches.index, place] if place else None
         case = probes.cases.iloc[i]
         yield PageJob(
-            case, opened.class_names, patches, slices, stains, attention, geometry, images, slides, ()
+            case, opened.class_names, patches, slices, stains, attention, geometry, images, slides, (), most
         )
 
 
