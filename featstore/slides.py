@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,7 @@ Key = tuple[str, str, str]
 # How far patches may reach beyond the image before its scale is taken to be wrong: corners are
 # rounded, and scanners crop.
 _BEYOND_SHARE, _BEYOND_PIXELS = 0.01, 2.0
+_EXAMPLES = 3  # of images that a remark names
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +114,21 @@ class SlideImages:
         else:
             found, unread = _in_table(source, config), []
         return cls(found, settings.slides_downsample, most, tuple(unread))
+
+    def remark(self, slices: Collection[Key]) -> str | None:
+        """A line about images that are not used, with examples; None if there are none.
+
+        Args:
+            slices: Case, stain and slice id of all that images are wanted of.
+        """
+        wanted = set(slices)
+        others = [(file.named, " · ".join(key)) for key, file in self.files.items() if key not in wanted]
+        parts = []
+        for found, what in ((self.unread, "say no slice"), (others, "are of no slice looked at")):
+            if found:
+                some = ", ".join(f"{name} ({printable(why)})" for name, why in found[:_EXAMPLES])
+                parts.append(f"{len(found):,} {what}: {some}{', …' if len(found) > _EXAMPLES else ''}")
+        return f"of the images of slices (images.slides) {'; '.join(parts)}" if parts else None
 
     def find(self, case_id: str, stain: str, slice_id: str) -> Path | None:
         """The file of a slice's image, or None."""

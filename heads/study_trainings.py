@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from featstore.process import stop_on_signal
+from featstore.process import die_with_parent, stop_on_signal
 from featstore.resident import CaseBags
 from featstore.store import Store
 from heads.cohort import describe, labels_of, load_bags
@@ -28,7 +27,6 @@ from heads.training.loop import Progress, TrainingError
 
 # Numbers read in all epochs of all trainings: with fewer, starting processes takes longer than it saves.
 _WORTH_IT = 10**9
-_PR_SET_PDEATHSIG = 1  # of prctl(2)
 _POLL_SECONDS = 0.2  # how long a signal may go unnoticed while other processes train
 
 
@@ -250,7 +248,7 @@ def _work(link: Connection, study: Study, project: Path, threads: int, memory: i
     """A process's life: ask for a training, do it, say how it ended; None means that there is no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to all; the parent passes it on
     parent = os.getppid()
-    _die_with_parent()
+    die_with_parent()
 
     def watch(progress: Progress, epochs: int) -> None:
         if os.getppid() != parent:  # it was killed, and somebody may resume the study
@@ -273,12 +271,6 @@ def _work(link: Connection, study: Study, project: Path, threads: int, memory: i
                 return
             message = train_one(study, bags, task[0], task[1], received, observe=watch)
         link.send(message)
-
-
-def _die_with_parent() -> None:
-    """Where Linux does it: the study's lock goes with the parent, and who resumes must be alone at once."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def process_count(config: Config, bags: CaseBags, trainings: int, memory: int) -> int:

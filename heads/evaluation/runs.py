@@ -157,11 +157,12 @@ def find_run(runs: Path, wanted: Path | None, finished: bool = True, or_study: b
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep other processes from training in this folder, for as long as this one lives.
+def held(folder: Path, doing: str = "training here") -> Iterator[None]:
+    """Keep other processes from doing the same in this folder, for as long as this one lives.
 
     Args:
-        folder: Of a run or a study.
+        folder: Of a run or a study, or in one.
+        doing: What is done.
 
     Raises:
         RunError: Another process holds it.
@@ -172,7 +173,7 @@ def held(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunError(
-                "another process is training here",
+                f"another process is {doing}",
                 expected="one at a time",
                 where=str(folder),
                 fix="wait until it has ended, or stop it; a lock of a process that is gone does not stay",

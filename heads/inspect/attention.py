@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+import torch
 
 from featstore.bags import BagBatch
 from heads.evaluation.predict import PatchAttention, predict
 from heads.inspect.opened import Opened
 from heads.inspect.tables import AttentionTables, attention_tables
 from heads.models.outputs import HeadOutput
-
-Floats = NDArray[np.float64]
 
 
 def read_attention(
@@ -30,23 +27,25 @@ def read_attention(
         None for a head without attention.
     """
     collected = PatchAttention(opened.bags, opened.class_names)
-    done = 0
+    done, logits = 0, []
 
     def observe(batch: BagBatch, output: HeadOutput) -> None:
         nonlocal done
         collected(batch, output)
+        logits.append(output.logits)
         done += len(batch)
         update(done, len(opened.cases))
 
     train = opened.config.train.model_copy(update={"amp": "off"})
-    found = predict(opened.head, opened.bags, opened.cases, train, None, observe)
+    predict(opened.head, opened.bags, opened.cases, train, None, observe)
     if not collected.seen:
         return None
-    return attention_tables(collected.table(), case_table(opened, found.probabilities))
+    return attention_tables(collected.table(), case_table(opened, torch.cat(logits)))
 
 
-def case_table(opened: Opened, probabilities: Floats) -> pd.DataFrame:
-    """``case_id, true_label, predicted_label, prob_<class>…, correct`` of (N, C) probabilities."""
+def case_table(opened: Opened, logits: torch.Tensor) -> pd.DataFrame:
+    """``case_id, true_label, predicted_label, prob_<class>…, correct`` of (N, C) logits."""
+    probabilities = opened.share(logits).cpu().numpy()
     names, true, called = opened.class_names, opened.labels, opened.called(probabilities)
     frame = pd.DataFrame({"case_id": opened.cases})
     frame["true_label"] = [names[label] for label in true]

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from featstore.cohort.tables import write_csv
+from featstore.errors import FeatstoreError
 from featstore.slides import SlideImages
 from featstore.store.format import GEOMETRY_COLUMNS
 from featstore.store.ids import component
 from heads.config import Config
 from heads.evaluation.plots import save
-from heads.evaluation.runs import write_text
+from heads.evaluation.runs import held, write_text
 from heads.inspect.attention import read_attention
 from heads.inspect.attention_plots import stain_figure
 from heads.inspect.attention_text import summary_text, top_text
 from heads.inspect.case_files import FOLDERS, CaseJob, draw_case, slice_names
 from heads.inspect.drawing import draw_all
 from heads.inspect.opened import Opened, open_run
-from heads.inspect.pictures import PatchImages, images_of
+from heads.inspect.pictures import PatchImages, images_of, with_digests
 from heads.inspect.tables import AttentionTables, slice_equality, top_patches
 
 FOLDER = "attention_analysis"
+_OWN = (
+    "notes.txt",
+    "effective_attention.csv",
+    "top_effective_patches_per_case_*",
+    *(f"{name}/*case_*.*g" for name in FOLDERS),
+)
 Update = Callable[[int, int], None]
 
 
@@ -107,34 +115,44 @@ def attention_project(
     if tables is None:
         note = f"the head {opened.config.head.name} has no attention: there is nothing to show of it"
         return AttentionReport(opened.run.path, None, None, [note])
-    folder = opened.run.path / FOLDER
-    notes = write_tables(tables, folder, top_percent)
-    save(stain_figure(tables.stains, tables.cases), folder / "stain_attention_distribution.png")
+    folder, notes = opened.run.path / FOLDER, list(opened.remarks)
     images, why = patch_images(opened)
-    notes += [why] if why else []
-    slides = slide_images(opened)
-    jobs = case_jobs(opened, tables, folder, images, slides, top_n, overlays)
-    selected = []
-    for name in FOLDERS:
-        (folder / name).mkdir(exist_ok=True)
-        for old in (folder / name).glob("*case_*.*g"):  # an earlier analysis' pictures, of other cases
-            old.unlink()
-    for drawn in draw_all(draw_case, jobs, len(tables.cases), update):
-        selected.append(drawn.selected)
-        notes += drawn.notes
-    _write(folder / "plots" / "patch_attention_selected_slices.csv", pd.concat(selected))
-    write_text(folder / "notes.txt", "".join(f"{note}\n" for note in notes) or "nothing to note\n")
+    slides, remark = slide_images(opened)
+    notes += [text for text in (why, remark) if text]
+    folder.mkdir(exist_ok=True)
+    with held(folder, "writing this analysis"):
+        remove_old(folder, _OWN)
+        write_tables(tables, folder, top_percent)
+        save(stain_figure(tables.stains, tables.cases), folder / "stain_attention_distribution.png")
+        jobs = case_jobs(opened, tables, folder, images, slides, top_n, overlays)
+        selected = []
+        for drawn in draw_all(draw_case, jobs, len(tables.cases), update):
+            selected.append(drawn.selected)
+            notes += drawn.notes
+        _write(folder / "plots" / "patch_attention_selected_slices.csv", pd.concat(selected))
+        write_notes(folder, opened, notes)
     return AttentionReport(opened.run.path, folder, tables, notes)
 
 
-def write_tables(tables: AttentionTables, folder: Path, percent: float) -> list[str]:
-    """Write what is numbers and words.
+def remove_old(folder: Path, own: Iterable[str]) -> None:
+    """Remove what an earlier analysis wrote, so that no folder mixes two; other files stay."""
+    for pattern in own:
+        for old in folder.glob(pattern):
+            old.unlink(missing_ok=True)
 
-    Returns:
-        Notes.
-    """
-    folder.mkdir(exist_ok=True)
-    _write(folder / "patch_attention.csv", tables.patches)
+
+def write_notes(folder: Path, opened: Opened, notes: Iterable[str]) -> None:
+    """``notes.txt``: which cases were looked at, and what could not be shown; written last."""
+    lines = [f"{len(opened.cases)} cases ({opened.part}): {', '.join(opened.cases)}", *notes]
+    write_text(folder / "notes.txt", "".join(f"{line}\n" for line in lines))
+
+
+def write_tables(tables: AttentionTables, folder: Path, percent: float) -> None:
+    """Write what is numbers and words."""
+    for name in FOLDERS:
+        (folder / name).mkdir(exist_ok=True)
+    # Not `patch_attention.csv`, which training writes of all test cases, in its own precision.
+    _write(folder / "effective_attention.csv", tables.patches)
     _write(folder / "slice_attention.csv", tables.slices)
     _write(folder / "stain_attention.csv", tables.stains)
     _write(folder / "case_attention.csv", tables.cases)
@@ -146,7 +164,6 @@ def write_tables(tables: AttentionTables, folder: Path, percent: float) -> list[
     text = top_text(tables, top, percent)
     write_text(folder / f"top_effective_patches_per_case_summary_{shown}.txt", text)
     write_text(folder / "attention_summary.txt", summary_text(tables, equality))
-    return []
 
 
 def _write(path: Path, table: pd.DataFrame) -> None:
@@ -158,11 +175,21 @@ def patch_images(opened: Opened) -> tuple[PatchImages | None, str]:
     return images_of(opened.config, opened.project, opened.bags.store)
 
 
-def slide_images(opened: Opened) -> SlideImages | None:
-    """The pictures of the slices, where the settings name any."""
+def slide_images(opened: Opened) -> tuple[SlideImages | None, str]:
+    """The pictures of the slices, where the settings name any; and what is to be said of them."""
     if opened.config.images.slides is None:
-        return None
-    return SlideImages.of_project(opened.config, opened.project)
+        return None, ""
+    try:
+        slides = SlideImages.of_project(opened.config, opened.project)
+    except FeatstoreError as error:
+        return None, f"no images of slices: {error.found}"
+    outlines = (opened.bags.outlines[case] for case in opened.cases)
+    known = {
+        (bag.case_id, stain, name)
+        for bag in outlines
+        for name, stain in zip(bag.slices, np.repeat(bag.stains, bag.stain_sizes).tolist(), strict=True)
+    }
+    return slides, slides.remark(known) or ""
 
 
 def case_jobs(
@@ -187,4 +214,5 @@ def case_jobs(
         case = str(each.cases["case_id"].iloc[0])
         geometry = opened.table.loc[each.patches.index, place] if place else None
         name = f"case_{component(case)}"
-        yield CaseJob(each, name, folder, geometry, images, slides, top_n, overlays)
+        shown = None if images is None else with_digests(images, opened.bags.store, [case])
+        yield CaseJob(each, name, folder, geometry, shown, slides, top_n, overlays)

@@ -63,10 +63,11 @@ def _slices(equality: pd.DataFrame) -> list[str]:
             what = "no case" if part.empty else "no stain of several slices"
             lines.append(f"  {title}: {what}")
             continue
+        means = several[["normalized_entropy", "equal_shares", "effective_slices", "slices"]].mean()
         lines.append(
-            f"  {title}: normalised entropy of a stain's slices {several['normalized_entropy'].mean():.3f} "
-            f"on average (1: all equal), as of {several['effective_slices'].mean():.1f} equal slices out "
-            f"of {several['slices'].mean():.1f}"
+            f"  {title}: normalised entropy of a stain's slices {means['normalized_entropy']:.3f} on "
+            f"average (1: all equal; with equal shares: {means['equal_shares']:.3f}), as of "
+            f"{means['effective_slices']:.1f} equal slices out of {means['slices']:.1f}"
         )
     return lines
 

@@ -92,7 +92,8 @@ def draw_case(job: CaseJob) -> Drawn:
     if job.images is None:
         return Drawn(selected, ())
     notes = _galleries(job, case_id, selected, job.images)
-    for name, shown in overlays(tables, job.geometry, job.images, job.slides, job.overlays):
+    for row, shown in overlays(tables, job.geometry, job.images, job.slides, job.overlays):
+        name = str(row["name"])
         for kind, image in (("attention", shown.shaded), ("plain", shown.plain)):
             save_jpeg(image, job.folder / "overlays" / f"{name}_{kind}.jpg")
         notes += overlay_notes(name, shown, job.slides)
@@ -176,8 +177,8 @@ def overlays(
     slides: SlideImages | None,
     most: int,
     side: int = 1000,
-) -> Iterator[tuple[str, Overlay]]:
-    """The overlays of a case's most attended slices, each with the name of its files.
+) -> Iterator[tuple[pd.Series, Overlay]]:
+    """The overlays of a case's most attended slices, each with its row of the slices' table.
 
     Args:
         tables: Of one case; its slices with a column ``name``.
@@ -188,7 +189,7 @@ def overlays(
         side: Pixels of the longer side.
     """
     patches = tables.patches if geometry is None else tables.patches.join(geometry)
-    scale = AttentionScale(float(patches["effective_attention"].max()), 1 / len(patches))
+    scale = AttentionScale.of_case(patches["effective_attention"].to_numpy())
     order = np.argsort(-tables.slices["effective_attention"].to_numpy(), kind="stable")[:most]
     whole = AttentionTables(tables.cases, patches, tables.slices, tables.stains, tables.levels)
     for position in order:
@@ -197,7 +198,7 @@ def overlays(
         if slides is not None:
             ids = (str(row["case_id"]), str(row["stain"]), str(row["slice_id"]))
             slide, why = slides.read_or_why(*ids, side)
-        yield str(row["name"]), overlay(slice_patches(whole, row), scale, slide, why, images, side)
+        yield row, overlay(slice_patches(whole, row), scale, slide, why, images, side)
 
 
 def overlay_notes(name: str, shown: Overlay, slides: SlideImages | None) -> list[str]:

@@ -47,7 +47,7 @@ def read_curves(
         orders = _orders(mine, called[case], i)
         together = torch.from_numpy(np.stack(list(orders.values())))
         logits = curves(opened.head, batch, together, fractions, **opened.schedule)
-        shares = torch.softmax(logits.double(), -1)[..., c].cpu().numpy()
+        shares = opened.share(logits.flatten(0, -2)).view(logits.shape)[..., c].cpu().numpy()
         for name, share in zip(orders, shares, strict=True):
             for kind, line in zip(("deletion", "insertion"), share, strict=True):
                 columns = {"case_id": case, "order": name, "kind": kind}

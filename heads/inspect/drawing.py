@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import TypeVar
+
+from featstore.errors import FeatstoreError
+from featstore.process import die_with_parent, usable_cores
 
 J = TypeVar("J")
 R = TypeVar("R")
 _FEW = 8  # so many cases are drawn before further processes would have begun
-_AHEAD = 4  # jobs a process that wait for it: more would only take memory
+_MOST = 16
+_AHEAD = 3  # jobs a process that wait for it: more would only take memory
+
+
+class DrawingError(FeatstoreError):
+    """A process that was to draw is gone."""
+
+    exit_code = 1
 
 
 def draw_all(
@@ -30,26 +37,37 @@ def draw_all(
         update: Called with the number of cases done, and of all.
         processes: How many; by default the cores that this process may use, 16 at most, and none but this
             one for few cases.
+
+    Raises:
+        DrawingError: A process ended in the middle, as where memory runs out.
     """
-    workers = processes or (1 if total <= _FEW else min(len(os.sched_getaffinity(0)), 16))
+    workers = processes or (1 if total <= _FEW else min(usable_cores(), _MOST))
     if workers == 1:
         for done, job in enumerate(jobs, 1):
             yield draw(job)
             update(done, total)
         return
-    # Not forked: a process with torch's threads and HDF5's lock must not be.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    from joblib import Parallel, delayed
+    from joblib.externals.loky.process_executor import BrokenProcessPool
+
+    # Not forked: a process with torch's threads and HDF5's lock must not be. Nor multiprocessing's spawn,
+    # which would run the caller's script once more in every process.
+    pool = Parallel(
+        workers, backend="loky", return_as="generator", pre_dispatch=workers * _AHEAD, batch_size=1
+    )
     try:
-        pending: dict[int, Future[R]] = {}
-        given, wanted, remaining = 0, 0, iter(jobs)
-        while wanted < total:
-            while given < total and len(pending) < workers * _AHEAD:
-                pending[given] = pool.submit(draw, next(remaining))
-                given += 1
-            wait([f for f in pending.values() if not f.done()] or pending.values(), None, FIRST_COMPLETED)
-            while wanted in pending and pending[wanted].done():
-                yield pending.pop(wanted).result()
-                wanted += 1
-                update(wanted, total)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for done, drawn in enumerate(pool(delayed(_drawn)(draw, job) for job in jobs), 1):
+            yield drawn
+            update(done, total)
+    except BrokenProcessPool as error:
+        raise DrawingError(
+            "a process that drew pictures has ended in the middle",
+            expected=f"{workers} processes with enough memory",
+            where="drawing the cases' pictures",
+            fix="free some memory and run the command again; fewer --overlays take less",
+        ) from error
+
+
+def _drawn(draw: Callable[[J], R], job: J) -> R:
+    die_with_parent()
+    return draw(job)

@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 from featstore.errors import ConfigError, StoreError
 from featstore.store import Store
 from heads.evaluation.plots import COLORS, DPI, shorten
+from heads.inspect.tables import IDENTITY
 
 Floats = NDArray[np.float64]
+Coloring = Literal["stain", "class", "attention"]
 
-IDENTITY = ["case_id", "stain", "slice_id", "patch", "path"]
+# By what a map is coloured: the column that it needs.
+COLUMNS: dict[Coloring, str] = {"stain": "stain", "class": "class", "attention": "times_equal"}
 EXPLAINED = "explained_variance_ratio"  # a key of the table's `attrs`
 MOST_POINTS = 20_000
-_COLUMNS = {"stain": "stain", "class": "class", "attention": "effective_attention"}
 _BLOCK = 2048  # rows that are held in float64 at a time
 _ROUNDS = 8  # groups of points are drawn in turn, so that no group covers all others
 
@@ -95,12 +97,13 @@ def _moments(store: Store, cases: Sequence[str]) -> tuple[Floats, Floats]:
     return origin + mean, (squares - count * np.outer(mean, mean)) / max(1, count - 1)
 
 
-def plot_map(table: pd.DataFrame, color_by: Literal["stain", "class", "attention"] = "stain") -> Figure:
+def plot_map(table: pd.DataFrame, color_by: Coloring = "stain") -> Figure:
     """Draw the map of all patches.
 
     Args:
-        table: From `project_2d`, with a column ``class`` (names) or ``effective_attention`` where it is
-            to be coloured by these. Patches without one (NaN) are left out.
+        table: From `project_2d`, with a column ``class`` (names) or ``times_equal`` (attention, in
+            multiples of what each patch of its case would have if all had the same) where it is to be
+            coloured by these. Patches without one (NaN) are left out.
         color_by: ``stain``, ``class``, or ``attention``, which is on a logarithmic scale.
 
     Returns:
@@ -110,11 +113,11 @@ def plot_map(table: pd.DataFrame, color_by: Literal["stain", "class", "attention
     Raises:
         ConfigError: The table has no such column, or it is empty.
     """
-    column = _COLUMNS.get(color_by)
+    column = COLUMNS.get(color_by)
     if column is None or column not in table.columns or not table[column].notna().any():
         raise ConfigError(
             f"the map has no values to be coloured by {color_by!r}",
-            expected=" | ".join(name for name, needed in _COLUMNS.items() if needed in table.columns),
+            expected=" | ".join(name for name, needed in COLUMNS.items() if needed in table.columns),
             where="color_by",
             fix="choose one of these, or join the column to the table",
         )
@@ -178,7 +181,7 @@ def _by_group(
 
 def _by_attention(figure: Figure, axes: Axes, drawn: pd.DataFrame, size: float) -> None:
     """On a logarithmic scale: few patches have nearly all of it."""
-    values = drawn["effective_attention"].to_numpy(np.float64)
+    values = drawn[COLUMNS["attention"]].to_numpy(np.float64)
     top = float(values.max())
     positive = values[values > 0]
     # Attention far below any share that counts would only use up colours.
@@ -196,4 +199,4 @@ def _by_attention(figure: Figure, axes: Axes, drawn: pd.DataFrame, size: float) 
         linewidths=0,
         rasterized=True,
     )
-    figure.colorbar(points, ax=axes, label="effective attention (logarithmic)")
+    figure.colorbar(points, ax=axes, label="× equal share (logarithmic)")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 
 from featstore.bags import BagBatch
@@ -48,6 +49,9 @@ class Opened:
         part: Which cases: ``test``, ``val``, ``train`` or ``all``.
         threshold: Of two classes, the probability of the second from which on it is called; None: the
             most probable class is called.
+        temperature: That the run's calibration divides logits by; 1 without one.
+        remarks: What is to be known of all that is found here: cases that the store lacks, embeddings
+            that are others than those trained on.
     """
 
     run: RunFolder
@@ -59,6 +63,8 @@ class Opened:
     cases: tuple[str, ...]
     part: str
     threshold: float | None = None
+    temperature: float = 1.0
+    remarks: tuple[str, ...] = ()
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -89,6 +95,10 @@ class Opened:
         outlines = [self.bags.outlines[case] for case in self.cases]
         for bags in micro_batches(outlines, budget or self.config.train.patch_budget):
             yield self.bags.batch(bags)
+
+    def share(self, logits: torch.Tensor) -> torch.Tensor:
+        """(N, C) logits as probabilities, float64, calibrated as the run's own are."""
+        return torch.softmax(logits.double() / self.temperature, 1)
 
     def called(self, probabilities: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
         """(N,) the class that (N, C) probabilities are called, by the run's threshold if it has one."""
@@ -126,14 +136,41 @@ def open_run(
     mine = mine.model_copy(update={"patches": config.patches, "images": config.images})
     mine = mine.model_copy(update={"train": mine.train.model_copy(update={"views": False})})
     load_plugin(plugin_of(mine, project))
-    cases = _chosen(run, about, part, only, config.patches.normalize_cases)
+    remarks: list[str] = []
+
+    def remark(text: str) -> None:
+        remarks.append(text.removeprefix("warning: "))
+        tell(text)
+
     store = Store.open(project / mine.store.path)
+    cases = _there(store, _chosen(run, about, part, only, config.patches.normalize_cases), remark)
     labels = {case: about["labels"][case] for case in cases}
     bags = load_bags(mine, store, labels, tell, about["store"]["fingerprint"])
-    check_unchanged(bags, about, tell)
+    if set(store.cases()) >= set(about["labels"]):
+        check_unchanged(bags, about, remark)
     state = load_state(run.last, identity_of(mine, about))
-    head = load_best_of(run, mine, about, state, tell).to(bags.device).float().eval()
-    return Opened(run, mine, project, about, head, bags, cases, part, _threshold(run))
+    head = load_best_of(run, mine, about, state, remark).to(bags.device).float().eval()
+    threshold, temperature = _of_results(run)
+    return Opened(
+        run, mine, project, about, head, bags, cases, part, threshold, temperature, tuple(remarks)
+    )
+
+
+def _there(store: Store, cases: tuple[str, ...], remark: Callable[[str], None]) -> tuple[str, ...]:
+    """The cases that the store has."""
+    known = set(store.cases())
+    missing = [case for case in cases if case not in known]
+    if len(missing) == len(cases):
+        raise RunError(
+            f"the store has none of the {len(cases)} cases",
+            expected="the embeddings that the run was trained on",
+            where=str(store.path),
+            fix="featstore extract, or name the run's store: --store-path STORE",
+        )
+    if missing:
+        some = ", ".join(missing[:10]) + (", …" if len(missing) > 10 else "")
+        remark(f"warning: {len(missing)} cases are no longer in the store and are left out: {some}")
+    return tuple(case for case in cases if case in known)
 
 
 def _chosen(
@@ -161,10 +198,12 @@ def _chosen(
     return tuple(natural_sorted(set(wanted))) if only else tuple(there)
 
 
-def _threshold(run: RunFolder) -> float | None:
-    """The run's own threshold; of an unfinished run, or one whose results cannot be read, none."""
+def _of_results(run: RunFolder) -> tuple[float | None, float]:
+    """The run's own threshold and temperature; of a run without readable results, none and 1."""
     try:
-        found = json.loads(run.results.read_text(encoding="utf-8"))["test"]["threshold"]
-        return None if found is None else float(found)
+        test = json.loads(run.results.read_text(encoding="utf-8"))["test"]
+        threshold = None if test["threshold"] is None else float(test["threshold"])
+        fitted = test.get("calibration")
+        return threshold, 1.0 if fitted is None else float(fitted["temperature"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return None, 1.0

@@ -37,6 +37,7 @@ OPACITY = 115  # of 255: tissue stays visible under it
 _OUTLINE, _FAINT = (40, 40, 40), 90  # colour; opacity, of 255, around tiny patches
 _TINY, _LARGE = 14, 40  # pixels a side: patches without solid outlines, with thick ones
 _NAMED = 20  # patch numbers that a note lists
+_CROWDED = 0.5  # of the width and of the height: patches that reach no further may be misplaced
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +103,8 @@ def overlay(
     else:
         body = _on_slide(patches, values, scale, slide, corners, max_side)
     kind: Literal["slide", "mosaic"] = "mosaic" if why else "slide"
-    lines = title(patches, values, bool(why), len(body.rows))
+    downsample = 1.0 if slide is None else slide.downsample
+    lines = title(patches, values, bool(why), len(body.rows), downsample)
     shaded, plain, corner = framed(body, lines, scale)
     moved = body.polygons + np.array(corner)
     paths = patches["path"].tolist()
@@ -135,6 +137,20 @@ def _why_not_on(slide: SlideImage, corners: Floats | None) -> str:
     return misfit(slide, corners) or ""
 
 
+def _crowded(slide: SlideImage, corners: Floats) -> str:
+    """A doubt about the downsample where all patches lie near the top left; else empty.
+
+    What is too large moves all towards that corner: `misfit` tells only what is too small.
+    """
+    across, down = corners.max(axis=(0, 1)) / slide.downsample / np.array(slide.file_size)
+    if max(across, down) >= _CROWDED:
+        return ""
+    return (
+        f"the patches reach over {across:.0%} of the image's width and {down:.0%} of its height: "
+        f"with a downsample of {slide.downsample:g}. Is that right?"
+    ).replace("%", " %")
+
+
 def _on_slide(
     patches: pd.DataFrame,
     values: Floats,
@@ -157,6 +173,8 @@ def _on_slide(
             f"{len(left_out)} of {len(patches)} patches are not drawn, as it is not known where they lie: "
             f"{_listed(left_out)}"
         )
+    if crowded := _crowded(slide, corners[rows]):
+        notes.append(crowded)
     polygons = polygons[rows]
     sides = np.linalg.norm(polygons - np.roll(polygons, -1, axis=1), axis=2)
     side = float(np.median(sides)) if len(sides) else 0.0

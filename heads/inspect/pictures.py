@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,13 @@ class PatchImages:
         folder: Of the patches.
         channel_order: ``rgb``, or ``bgr`` if the files hold red and blue swapped.
         max_pixels: Of an image that is read.
+        digests: The sha256 of files as they were embedded, by path; those of other files are not looked at.
     """
 
     folder: Path
     channel_order: str = "rgb"
     max_pixels: int = 100_000_000
+    digests: Mapping[str, bytes] = field(default_factory=dict)
 
     def read(self, path: str) -> Image.Image:
         """A patch's pixels, RGB, as extraction decodes them.
@@ -53,11 +56,15 @@ class PatchImages:
             path: Below the folder, as the store has it.
 
         Raises:
-            PictureError: The file is missing, or is no picture that can be read.
+            PictureError: The file is missing, is another than was embedded, or is no picture that can be
+                read.
         """
         file = self.folder / path
         try:
-            found = decode(file.read_bytes(), path, self.channel_order, self.max_pixels)
+            data = file.read_bytes()
+            if (known := self.digests.get(path)) is not None and sha256(data).digest() != known:
+                raise self._error(path, "file changed since it was embedded")
+            found = decode(data, path, self.channel_order, self.max_pixels)
         except OSError as error:
             missing = isinstance(error, FileNotFoundError | NotADirectoryError)
             why = "file missing" if missing else f"not readable: {error.strerror}"
@@ -79,20 +86,33 @@ class PatchImages:
         )
 
 
-def images_of(config: FeatstoreConfig, project: Path, store: Store) -> tuple[PatchImages | None, str]:
+def images_of(
+    config: FeatstoreConfig, project: Path, store: Store, cases: Iterable[str] = ()
+) -> tuple[PatchImages | None, str]:
     """A project's patches' files, or why there are none.
 
     Args:
         config: The project's settings.
         project: The folder that relative paths start from.
         store: Of their embeddings.
+        cases: Whose files must be those that were embedded; of others' that is not looked at.
     """
     folder = project / config.patches.folder
     if store.spec.is_imported:
         return None, "the features were imported: there are no pictures of their patches"
     if not folder.is_dir():
         return None, f"no pictures: there is no folder of patches {folder} (patches.folder)"
-    return PatchImages(folder, config.images.channel_order, config.images.max_pixels), ""
+    images = PatchImages(folder, store.spec.channel_order, config.images.max_pixels)
+    return with_digests(images, store, cases), ""
+
+
+def with_digests(images: PatchImages, store: Store, cases: Iterable[str]) -> PatchImages:
+    """The files with what they were when they were embedded, of some cases."""
+    digests: dict[str, bytes] = {}
+    for case in dict.fromkeys(cases):
+        sources = store.sources(case)
+        digests |= zip(sources["path"], map(bytes, sources["sha256"]), strict=True)
+    return replace(images, digests=digests)
 
 
 def fitted(image: Image.Image, side: int) -> Image.Image:

@@ -15,17 +15,18 @@ from featstore.files import replacing
 from featstore.store.ids import component
 from heads.config import Config
 from heads.evaluation.plots import save
-from heads.evaluation.runs import write_text
-from heads.inspect.attention_files import patch_images
+from heads.evaluation.runs import held
+from heads.inspect.attention_files import patch_images, remove_old, write_notes
 from heads.inspect.case_files import patch_title
 from heads.inspect.curve_tables import area_summary, curve_areas, effect_agreement, read_curves
 from heads.inspect.opened import Opened, open_run
-from heads.inspect.pictures import GalleryTile, gallery
+from heads.inspect.pictures import GalleryTile, gallery, with_digests
 from heads.inspect.probe_plots import alone_figure, curves_figure, effect_figure
 from heads.inspect.probe_tables import MODES, ProbeTables, attended_but_neutral, most_for, read_probes
 from heads.inspect.tables import records
 
 FOLDER = "probing"
+_OWN = ("*.csv", "*.parquet", "*.png", "notes.txt", "galleries/*.png")
 FORMATS = ("csv", "parquet")
 Update = Callable[[int, int], None]
 
@@ -123,8 +124,24 @@ def probe_project(
         _require_parquet()
     opened = open_run(config, project, wanted, part, only, tell)
     tables = read_probes(opened, leave_out, update)
-    folder, notes = opened.run.path / FOLDER, [tables.reason] if tables.reason else []
+    folder = opened.run.path / FOLDER
     folder.mkdir(exist_ok=True)
+    with held(folder, "writing this probing"):
+        remove_old(folder, _OWN)
+        return _write_all(opened, tables, folder, mode, top_n, table_format, curves, update)
+
+
+def _write_all(
+    opened: Opened,
+    tables: ProbeTables,
+    folder: Path,
+    mode: str,
+    top_n: int,
+    table_format: str,
+    curves: bool,
+    update: Update,
+) -> ProbeReport:
+    notes = [*opened.remarks, *([tables.reason] if tables.reason else [])]
     for name in ("patches", "slices", "stains", "cases"):
         _write(folder / f"{name}.{table_format}", getattr(tables, name), table_format)
     areas: pd.DataFrame | None = None
@@ -143,7 +160,7 @@ def probe_project(
         known = ranks["spearman"].dropna()
         agreement = float(known.mean()) if len(known) else None
     notes += _pictures(opened, tables, folder, mode, top_n)
-    write_text(folder / "notes.txt", "".join(f"{note}\n" for note in notes) or "nothing to note\n")
+    write_notes(folder, opened, notes)
     return ProbeReport(opened.run.path, folder, tables, areas, agreement, notes)
 
 
@@ -158,7 +175,8 @@ def _pictures(opened: Opened, tables: ProbeTables, folder: Path, mode: str, top_
     (folder / "galleries").mkdir(exist_ok=True)
     notes: list[str] = []
     for name, title, rows in galleries(tables, opened.class_names, mode, top_n):
-        drawn = gallery(title, probe_tiles(rows, opened.class_names, mode), images)
+        of_cases = with_digests(images, opened.bags.store, rows["case_id"])
+        drawn = gallery(title, probe_tiles(rows, opened.class_names, mode), of_cases)
         drawn.save(folder / "galleries" / f"{name}.png")
         notes += drawn.notes
     return list(dict.fromkeys(notes))

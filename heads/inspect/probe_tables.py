@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,7 @@ def read_probes(
         leave_out: Whether the effects of leaving patches, slices and stains out are wanted.
         update: Called with the number of cases done, and of all.
     """
-    collected = _Collected(opened.class_names)
+    collected = _Collected(opened)
     done = 0
     for batch in opened.batches(min(_BUDGET, opened.config.train.patch_budget)):
         collected.add(batch, probe(opened.head, batch, leave_out, **opened.schedule))
@@ -74,8 +74,8 @@ def read_probes(
 class _Collected:
     """What batches said, as columns of float32: the one thing that grows with the number of patches."""
 
-    def __init__(self, class_names: Sequence[str]) -> None:
-        self._names = class_names
+    def __init__(self, opened: Opened) -> None:
+        self._names, self._share = opened.class_names, opened.share
         self._logits: list[torch.Tensor] = []
         self._columns: dict[str, dict[str, list[NDArray[Any]]]] = {"patch": {}, "slice": {}, "stain": {}}
         self._rows: list[NDArray[np.int64]] = []
@@ -86,13 +86,13 @@ class _Collected:
         self._logits.append(found.output.logits.double().cpu())
         self._rows.append(batch.rows.cpu().numpy())
         self.reason = self.reason or found.reason
-        whole = torch.softmax(found.output.logits.double(), 1)
+        whole = self._share(found.output.logits)
         effective = effective_attention(found.output, batch)
         if effective is not None:
             self._put("patch", "effective_attention", effective)
-        self._put_classes("patch", "alone", _share(found.alone))
+        self._put_classes("patch", "alone", self._share(found.alone))
         if found.in_place is not None:
-            self._put_classes("patch", "in_place", _share(found.in_place))
+            self._put_classes("patch", "in_place", self._share(found.in_place))
         slices = batch.stain_offsets[batch.case_offsets]
         for level, logits, offsets in (
             ("patch", found.without_patch, batch.case_patch_offsets),
@@ -100,7 +100,7 @@ class _Collected:
             ("stain", found.without_stain, batch.case_offsets),
         ):
             if logits is not None:
-                without = _share(logits)
+                without = self._share(logits)
                 own = torch.repeat_interleave(whole, offsets.diff(), dim=0)
                 self._put_classes(level, "without", without)
                 self._put_classes(level, "effect", own - without)
@@ -116,8 +116,7 @@ class _Collected:
 
     def tables(self, opened: Opened) -> ProbeTables:
         """All of it."""
-        logits = torch.cat(self._logits)
-        cases = case_table(opened, torch.softmax(logits, 1).numpy())
+        cases = case_table(opened, torch.cat(self._logits))
         outlines = [opened.bags.outlines[case] for case in opened.cases]
         cases["patches"] = [len(bag) for bag in outlines]
         known = opened.table.loc[np.concatenate(self._rows), IDENTITY]
@@ -143,10 +142,6 @@ class _Collected:
     def _frame(self, level: str, index: pd.Index) -> pd.DataFrame:
         arrays = {name: np.concatenate(parts) for name, parts in self._columns[level].items()}
         return pd.DataFrame(arrays, index=index)
-
-
-def _share(logits: torch.Tensor) -> torch.Tensor:
-    return torch.softmax(logits.double(), 1)
 
 
 def most_for(
@@ -184,6 +179,6 @@ def attended_but_neutral(
     names = [column for column in map(str, patches) if column.startswith(f"{mode}_")]
     of_case = patches.groupby("case_id", sort=False)["effective_attention"]
     rank = of_case.rank(ascending=False, method="first")
-    attended = patches[rank <= np.ceil(of_case.transform("size") * percent / 100)]
+    attended = patches[rank <= np.ceil((of_case.transform("size") * percent / 100).round(9))]
     order = neutral(attended, names)
     return order[order.groupby("case_id", sort=False).cumcount() < each].head(n)

@@ -105,8 +105,10 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def title(patches: pd.DataFrame, values: Floats, is_mosaic: bool, shown: int) -> tuple[list[str], str]:
-    """The ids, which may have to be shortened, and what is said of the slice."""
+def title(
+    patches: pd.DataFrame, values: Floats, is_mosaic: bool, shown: int, downsample: float = 1.0
+) -> tuple[list[str], str]:
+    """The ids, which may have to be shortened, and what is said of the slice and its image."""
     first = patches.iloc[0]
     ids = [f"case {first['case_id']}", str(first["stain"]), str(first["slice_id"])]
     what = "1 patch" if len(patches) == 1 else f"{len(patches):,} patches"
@@ -117,6 +119,8 @@ def title(patches: pd.DataFrame, values: Floats, is_mosaic: bool, shown: int) ->
         )
     elif shown < len(patches):
         said += f"; {shown:,} drawn"
+    if not is_mosaic and downsample != 1:
+        said += f"; downsample {downsample:g}"
     return [printable(text).replace("\n", "\\n") for text in ids], said
 
 

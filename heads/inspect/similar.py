@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from featstore.errors import ConfigError, StoreError
 from featstore.store import Store
 from heads.inspect.embed import embed_png
-from heads.inspect.maps import IDENTITY, plot_map, project_2d
+from heads.inspect.maps import plot_map, project_2d
+from heads.inspect.tables import IDENTITY
 
 __all__ = ["PatchKey", "cohort_mean", "embed_png", "plot_map", "project_2d", "similar"]
 
@@ -204,11 +205,11 @@ def find_patch(store: Store, path: str) -> tuple[str, int]:
         return found[0]
     raise StoreError(
         f"{len(found)} patches of the store are called {path}" if found else f"no patch is called {path}",
-        expected="the path of one patch below the folder of patches, as Store.table() has it",
+        expected="the path of one patch below the folder of patches",
         where=str(store.path),
-        fix="write the path with its folders, or name case, stain, slice and patch number"
+        fix="write the path with its folders"
         if found
-        else "look it up there; a PNG that is not in the store can be embedded (`embed_png`)",
+        else "check the path, or name a PNG file to have it embedded",
     )
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, NamedTuple, cast
 
 import pandas as pd
 
 from featstore.cohort.tables import write_csv
-from featstore.errors import ConfigError, FeatstoreError
+from featstore.errors import ConfigError, FeatstoreError, StoreError
 from featstore.store import Store
 from featstore.store.ids import component
 from heads.cohort import labelled_cases
@@ -19,15 +21,13 @@ from heads.evaluation.plots import save
 from heads.inspect.attention import read_attention
 from heads.inspect.case_files import patch_title
 from heads.inspect.embed import embed_png
-from heads.inspect.maps import plot_map, project_2d
+from heads.inspect.maps import COLUMNS, plot_map, project_2d
 from heads.inspect.opened import open_run
 from heads.inspect.pictures import GalleryTile, gallery, images_of
-from heads.inspect.similar import find_patch, similar
+from heads.inspect.similar import Metric, PatchKey, find_patch, similar
 from heads.inspect.tables import records
 
 FOLDER = "similar"
-Color = Literal["stain", "class", "attention"]
-Metric = Literal["cosine", "euclidean"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,8 +104,8 @@ def similar_project(
     Args:
         config: The project's settings.
         project: The folder that relative paths start from.
-        query: A patch's path in the store, its file or its file's name; or a PNG file that lies outside
-            the folder of patches, which goes through the store's own backbone.
+        query: A patch's path in the store, its file or its file's name; or any other PNG file, which
+            goes through the store's own backbone.
         k: How many.
         metric: ``cosine`` (after centring) or ``euclidean``.
         other_cases: Leave out the patch's own case.
@@ -116,42 +116,83 @@ def similar_project(
         FeatstoreError: There is no such patch, or the store or its backbone cannot be used.
     """
     store = Store.open(project / config.store.path)
-    patch, asked = _asked(store, config, project, query)
-    if other_cases and patch is None:
+    asked = _asked(store, config, project, query)
+    if other_cases and asked.path is None:
         raise ConfigError(
             f"{query} is no patch of the store, and so of no case",
             expected="--other-cases with a patch of the store",
             where="--other-cases",
             fix="leave it out",
         )
-    table = similar(store, asked, k, cast(Metric, metric), other_cases, stain, per_case)
+    like = embed_png(query, store, config, project) if asked.path is None else asked.path
+    table = similar(store, like, k, cast(Metric, metric), other_cases, stain, per_case)
     (project / FOLDER).mkdir(exist_ok=True)
-    stem = project / FOLDER / component(Path(query).stem)
-    files = [stem.with_name(f"{stem.name}.csv")]
+    files = [project / FOLDER / f"{asked.name}.csv"]
     write_csv(files[0], table.columns.tolist(), table.to_numpy(object).tolist())
-    images, why = images_of(config, project, store)
+    shown = [case for case in (asked.case, *table["case_id"]) if case is not None]
+    images, why = images_of(config, project, store, shown)
     if images is None:
-        return SimilarReport(query, table, tuple(files), (why,))
+        return SimilarReport(query, table, tuple(files), (*asked.notes, why))
     near = "similarity" if metric == "cosine" else "distance"
-    tiles = [] if patch is None else [GalleryTile(patch, "the patch itself")]
+    tiles = [] if asked.path is None else [GalleryTile(asked.path, "the patch itself")]
     for row in records(table):
         title = f"case {row['case_id']}\n{patch_title(row)}"
         tiles.append(GalleryTile(row["path"], title, {near: float(row[near])}))
     drawn = gallery(f"Nearest to {query}", tiles, images)
-    files.append(stem.with_name(f"{stem.name}.png"))
+    files.append(project / FOLDER / f"{asked.name}.png")
     drawn.save(files[-1])
-    return SimilarReport(query, table, tuple(files), tuple(drawn.notes))
+    return SimilarReport(query, table, tuple(files), (*asked.notes, *drawn.notes))
 
 
-def _asked(store: Store, config: Config, project: Path, query: str) -> tuple[str | None, Any]:
-    """The path of a patch of the store, twice; or None and the embedding of a PNG that is not in it."""
-    file, patches = Path(query), (project / config.patches.folder).resolve()
-    if file.is_file() and not file.resolve().is_relative_to(patches):
-        return None, embed_png(file, store, config, project)
-    path = file.resolve().relative_to(patches).as_posix() if file.is_file() else query
-    case, position = find_patch(store, path)
-    found = str(store.table(case)["path"].iloc[position])
-    return found, found
+class _Asked(NamedTuple):
+    """What is looked for: case and path of a patch of the store, or neither of another PNG.
+
+    `name` is that of the files that are written, different for different patches and files.
+    """
+
+    case: str | None
+    path: str | None
+    name: str
+    notes: tuple[str, ...] = ()
+
+
+def _asked(store: Store, config: Config, project: Path, query: str) -> _Asked:
+    file, folder = Path(os.path.abspath(query)), Path(os.path.abspath(project / config.patches.folder))
+    wanted, is_file = query, file.is_file()
+    # As written first: a folder below that of patches may be a link to elsewhere.
+    for one, root in ((file, folder), (file.resolve(), folder.resolve())):
+        if one.is_relative_to(root):
+            wanted = one.relative_to(root).as_posix()
+            break
+    try:
+        case, position = find_patch(store, wanted)
+        path = str(store.table(case)["path"].iloc[position])
+    except StoreError:
+        if not is_file:
+            raise
+        path = None
+    name = f"nearest_{component(Path(query).stem)}"
+    # A file of its own is none that only has the name of a patch in another folder.
+    if path is None or (is_file and path != wanted):
+        return _Asked(None, None, f"{name}~{_digest(file)}")
+    notes = ()
+    if is_file and wanted == query and not file.is_relative_to(folder):
+        notes = (
+            f"{path} is a patch of the store, and a file: the patch was taken; for the file, ./{path}",
+        )
+    if not _is_called_alone(store, path):
+        name += f"~{_digest(path)}"
+    return _Asked(case, path, name, notes)
+
+
+def _is_called_alone(store: Store, path: str) -> bool:
+    """Whether no patch of another folder has the file's name."""
+    last = path.rpartition("/")[2]
+    return sum(other.rpartition("/")[2] == last for other in store.table()["path"]) == 1
+
+
+def _digest(path: Path | str) -> str:
+    return sha256(os.fsencode(path)).hexdigest()[:8]
 
 
 def map_project(
@@ -181,21 +222,41 @@ def map_project(
     except FeatstoreError as error:
         notes.append(f"no map by class: {error.found}")
     try:
-        tables = read_attention(open_run(config, project, run, "all", tell=tell))
+        opened = open_run(config, project, run, "all", tell=tell)
+        tables = read_attention(opened)
         if tables is None:
             notes.append("no map by attention: the run's head has none")
         else:
-            size = tables.patches.groupby("case_id")["effective_attention"].transform("size")
-            table["effective_attention"] = tables.patches["effective_attention"] * size
+            notes += _join_attention(table, tables.patches, store, opened.bags.store)
     except FeatstoreError as error:
         notes.append(f"no map by attention: {error.found}")
     folder = project / FOLDER
     folder.mkdir(exist_ok=True)
     files = [folder / "map.csv"]
     write_csv(files[0], table.columns.tolist(), table.to_numpy(object).tolist())
-    columns: dict[Color, str] = {"stain": "stain", "class": "class", "attention": "effective_attention"}
-    for color, column in columns.items():
+    for color, column in COLUMNS.items():
         if column in table and table[column].notna().any():
             files.append(folder / f"map_by_{color}.png")
             save(plot_map(table, color), files[-1])
     return MapReport(table, tuple(files), tuple(notes))
+
+
+def _join_attention(table: pd.DataFrame, patches: pd.DataFrame, store: Store, of_run: Store) -> list[str]:
+    """Add the column ``times_equal`` to a map's table.
+
+    By the patches' ids: rows are numbered store by store, and the run's may be another than the map's.
+
+    Returns:
+        Notes.
+    """
+    size = patches.groupby("case_id")["effective_attention"].transform("size")
+    ids = list(PatchKey._fields)
+    index, places = (pd.MultiIndex.from_frame(frame[ids]) for frame in (patches, table))
+    times = pd.Series((patches["effective_attention"] * size).to_numpy(), index)
+    table[COLUMNS["attention"]] = times.reindex(places).to_numpy()
+    notes = []
+    if of_run.path.resolve() != store.path.resolve():
+        notes.append(f"the attention is of a run on another store: {of_run.path}")
+    if missing := int((~index.isin(places)).sum()):
+        notes.append(f"{missing:,} of the run's {len(index):,} patches are not on the map by attention")
+    return notes

@@ -15,6 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 NEUTRAL = 0.2  # from equal probabilities: what is called neither
+_OF_STAIN = ["case_id", "stain", "slices"]
 IDENTITY = ["case_id", "stain", "slice_id", "patch", "path"]
 
 
@@ -68,7 +69,8 @@ def attention_tables(patches: pd.DataFrame, cases: pd.DataFrame) -> AttentionTab
         cases: As `case_table` makes it, in the same order.
     """
     patches = patches.astype({"effective_attention": np.float64})
-    effective, levels = patches["effective_attention"].to_numpy(), "slice_attention" in patches
+    effective = patches["effective_attention"].to_numpy()
+    levels = {"slice_attention", "stain_attention"} <= set(patches)
     case, stain = patches["case_id"].to_numpy(), patches["stain"].to_numpy()
     by_slice = _bounds(case, stain, patches["slice_id"].to_numpy())
     first = patches.iloc[by_slice[:-1]]
@@ -126,19 +128,24 @@ def slice_equality(tables: AttentionTables) -> pd.DataFrame:
 
     Returns:
         One row a case and stain: ``case_id, stain, slices``, ``normalized_entropy`` (H / log S of the S
-        slices' attention: 1 if all are equal, 0 if one has all; NaN for one slice), ``effective_slices``
-        (exp H), ``largest`` (the most attended slice's attention), ``true_label, predicted_label``,
-        ``correct``.
+        slices' attention: 1 if all are equal, 0 if one has all; NaN for one slice), ``equal_shares``
+        (what that would be with equal shares: less than 1 only of a head of one level, whose larger slices
+        have more patches to attend to), ``effective_slices`` (exp H), ``largest`` (the most attended
+        slice's attention), ``true_label, predicted_label, correct``.
     """
     rows = []
     for (case, stain), group in tables.slices.groupby(["case_id", "stain"], sort=False):
         a = group["slice_attention"].to_numpy()
-        entropy = float(-(a[a > 0] * np.log(a[a > 0])).sum())
-        equality = entropy / math.log(len(a)) if len(a) > 1 else math.nan
-        rows.append((case, stain, len(a), equality, math.exp(entropy), float(a.max())))
-    columns = ["case_id", "stain", "slices", "normalized_entropy", "effective_slices", "largest"]
+        entropy, most = _entropy(a), math.log(len(a)) or math.nan
+        equal = _entropy(group["uniform"].to_numpy()) / most
+        rows.append((case, stain, len(a), entropy / most, equal, math.exp(entropy), float(a.max())))
+    columns = [*_OF_STAIN, "normalized_entropy", "equal_shares", "effective_slices", "largest"]
     found = pd.DataFrame(rows, columns=columns)
     return found.merge(tables.cases[["case_id", "true_label", "predicted_label", "correct"]], on="case_id")
+
+
+def _entropy(a: NDArray[np.float64]) -> float:
+    return float(-(a[a > 0] * np.log(a[a > 0])).sum())
 
 
 def top_patches(tables: AttentionTables, percent: float) -> pd.DataFrame:

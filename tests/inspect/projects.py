@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,12 +34,19 @@ def project_with(folder: Path, *names: str) -> Path:
     project = make_project(folder, SETTINGS, **cohort)
     helpers.write_labels(project, {str(i): "1133"[i % 4] for i in range(1, CASES + 1)})
     succeeded(project, "extract")
-    with contextlib.ExitStack() as undrawn:  # drawing takes far longer than these trainings
-        for name in ("plot_history", "plot_confusion", "plot_deviation"):
-            undrawn.enter_context(mock.patch.object(heads.evaluation.results, name, return_value=[]))
+    with drawing_nothing():
         for head in names:
             succeeded(project, "train-head", "--model", head, "--suffix", head)
     return project
+
+
+@contextlib.contextmanager
+def drawing_nothing() -> Iterator[None]:
+    """Drawing a training's curves takes far longer than the training itself."""
+    with contextlib.ExitStack() as undrawn:
+        for name in ("plot_history", "plot_confusion", "plot_deviation"):
+            undrawn.enter_context(mock.patch.object(heads.evaluation.results, name, return_value=[]))
+        yield
 
 
 def run_of(project: Path, head: str) -> Path:

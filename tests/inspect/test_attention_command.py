@@ -9,23 +9,25 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 import heads.inspect.attention_files as attention_files
 from featstore.bags import collate
 from featstore.store import Store
 from heads.evaluation.checkpoints import load_best
-from heads.evaluation.runs import RunFolder, read_about, read_config
+from heads.evaluation.runs import RunFolder, held, read_about, read_config
 from heads.inspect.attention_plots import patch_figure, slice_figure, stain_figure
 from heads.inspect.case_files import draw_case, selected_patches, slice_names
 from heads.inspect.drawing import draw_all
 from heads.inspect.pictures import PatchImages
+from heads.inspect.probe_tables import read_probes
 from heads.inspect.tables import AttentionTables
 from tests.command_line import answer, refused, succeeded
-from tests.inspect.projects import PATCHES, pixels_of, project_with, run_of, tiles_of
+from tests.inspect.projects import PATCHES, drawing_nothing, pixels_of, project_with, run_of, tiles_of
 
 ATTENDING = ("hierarchical", "dual_stream", "dsmil")
 TABLES = (
-    "attention_summary.txt", "stain_attention_distribution.png", "patch_attention.csv",
+    "attention_summary.txt", "stain_attention_distribution.png", "effective_attention.csv",
     "slice_attention.csv", "stain_attention.csv", "case_attention.csv",
     "slice_attention_equality.csv", "slice_attention_equality_misclassified.csv",
     "top_effective_patches_per_case_5.0pct.csv", "top_effective_patches_per_case_summary_5.0pct.txt",
@@ -72,7 +74,7 @@ def test_every_file_of_the_specification_is_there_under_its_name(analysis: Path)
 
 
 def test_effective_attention_sums_to_one_in_every_case_and_table(analysis: Path) -> None:
-    patches, slices = read(analysis, "patch_attention.csv"), read(analysis, "slice_attention.csv")
+    patches, slices = read(analysis, "effective_attention.csv"), read(analysis, "slice_attention.csv")
     stains = read(analysis, "stain_attention.csv")
     for frame, column in ((patches, "effective_attention"), (slices, "effective_attention"),
                           (stains, "stain_attention"), (stains, "uniform")):  # fmt: skip
@@ -89,7 +91,7 @@ def test_attention_is_the_heads_own_patch_by_patch(project: Path, head: str) -> 
     run = RunFolder(run_of(project, head))
     config = read_config(run)
     model = load_best(run, config, read_about(run)).eval()
-    found = read(run.path / "attention_analysis", "patch_attention.csv")
+    found = read(run.path / "attention_analysis", "effective_attention.csv")
     store = Store.open(project / "store")
     for case, mine in found.groupby("case_id"):
         with torch.no_grad():
@@ -107,7 +109,7 @@ def test_attention_is_the_heads_own_patch_by_patch(project: Path, head: str) -> 
 def test_every_tile_shows_the_file_that_its_row_names_with_that_rows_numbers(
     project: Path, analysis: Path
 ) -> None:
-    known = read(analysis, "patch_attention.csv").set_index("path")
+    known = read(analysis, "effective_attention.csv").set_index("path")
     size = known.groupby("case_id")["effective_attention"].size()
     seen = set()
     for gallery in [*analysis.glob("*/case_*_patches.png")]:
@@ -140,7 +142,7 @@ def test_the_rows_of_the_selected_slices_are_those_of_their_galleries(analysis: 
 
 
 def test_the_top_five_percent_are_the_most_attended_and_are_told_with_their_files(analysis: Path) -> None:
-    patches, top = read(analysis, "patch_attention.csv"), read(analysis, TABLES[8])
+    patches, top = read(analysis, "effective_attention.csv"), read(analysis, TABLES[8])
     for case, mine in top.groupby("case_id"):
         of_case = patches[patches["case_id"] == case].nlargest(3, "effective_attention")  # 5 % of 44, up
         assert mine["path"].tolist() == of_case["path"].tolist()
@@ -167,7 +169,7 @@ def test_equality_of_slices_is_that_of_its_formula(analysis: Path) -> None:
 
 
 def tables_of(analysis: Path) -> AttentionTables:
-    frames = [read(analysis, f"{name}_attention.csv") for name in ("case", "patch", "slice", "stain")]
+    frames = [read(analysis, f"{name}_attention.csv") for name in ("case", "effective", "slice", "stain")]
     return AttentionTables(*frames, levels="hierarchical" in str(analysis))
 
 
@@ -185,9 +187,8 @@ def test_bars_and_points_have_the_tables_values(analysis: Path) -> None:
             by_name = mine.set_index("slice_id")["slice_attention"]
             assert [by_name[name] for name in names] == heights
         left, right = patch_figure(case, each.patches).axes
-        assert sum(bar.get_height() for bar in left.patches if hasattr(bar, "get_height")) >= len(
-            each.patches
-        )
+        drawn = left.containers  # stacked, a container a stain
+        assert sum(bar.get_height() for bars in drawn for bar in bars) == len(each.patches)
         share = right.lines[0].get_ydata()
         np.testing.assert_allclose(np.diff(share), np.sort(each.patches["effective_attention"])[::-1])
     points = [
@@ -225,7 +226,7 @@ def test_missing_files_are_named_in_place_of_their_pictures(project: Path, tmp_p
     shutil.rmtree(copy / "patches")
     found = answer(copy, "attention", run)
     assert any("there is no folder of patches" in note for note in found["notes"])
-    assert (run / "attention_analysis" / "patch_attention.csv").is_file()
+    assert (run / "attention_analysis" / "effective_attention.csv").is_file()
 
 
 def test_parts_and_cases_that_are_none_are_refused(project: Path) -> None:
@@ -303,3 +304,100 @@ def test_only_patches_that_are_shown_are_read(project: Path, monkeypatch: pytest
     succeeded(project, "attention", run, "--overlays", "1", "--top-n", "2")
     assert len(set(read_files) - shown) <= 3 * PATCHES  # one slice a case
     succeeded(project, "attention", run)  # as it was
+
+
+@pytest.mark.parametrize("threshold", ["argmax", "validation"])
+@pytest.mark.parametrize("calibration", ["none", "temperature"])
+def test_cases_are_called_as_the_runs_own_results_say(
+    project: Path, tmp_path: Path, threshold: str, calibration: str
+) -> None:
+    copy = Path(shutil.copytree(project, tmp_path / "copy", ignore=shutil.ignore_patterns("runs", "*.png")))
+    flags = ("--threshold", threshold, "--calibration", calibration, "--model", "abmil", "--seed", "7")
+    with drawing_nothing():
+        succeeded(copy, "train-head", *flags)
+    (run,) = (copy / "runs").iterdir()
+    told = pd.read_csv(run / "predictions.csv", dtype={"case_id": str})
+    opened = attention_files.open_run(read_config(RunFolder(run)), copy, run)
+    tables = attention_files.read_attention(opened)
+    assert tables is not None
+    found = tables.cases[list(told.columns)]
+    pd.testing.assert_frame_equal(found, told, check_dtype=False, atol=1e-5)
+    probes = read_probes(opened, leave_out=False).cases[list(told.columns)]
+    pd.testing.assert_frame_equal(probes, told, check_dtype=False, atol=1e-5)
+
+
+def test_a_file_that_is_another_now_is_not_shown_as_what_was_embedded(
+    project: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(project, tmp_path / "copy"))
+    run = run_of(copy, "hierarchical")
+    top = read(run / "attention_analysis", TABLES[8]).iloc[0]
+    Image.new("RGB", (40, 40), "red").save(copy / "patches" / top["path"])
+    found = answer(copy, "attention", run, "--case", top["case_id"])
+    assert any(top["path"] in note and "changed since it was embedded" in note for note in found["notes"])
+    name = f"attention_analysis/case_effective_patches/case_{top['case_id']}_top_patches.png"
+    tile, pixels = tiles_of(run / name)[0]
+    assert tile["note"] == "file changed since it was embedded"
+    assert not (pixels == [255, 0, 0]).all()
+
+
+def test_cases_that_the_store_has_lost_are_left_out_and_told(project: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(project, tmp_path / "copy"))
+    run = run_of(copy, "dsmil")
+    case = cases_of(run / "attention_analysis")[0]
+    succeeded(copy, "rm", "--case", case, "--apply")
+    found = answer(copy, "attention", run)
+    assert found["cases"] == 2
+    assert any(f"no longer in the store and are left out: {case}" in note for note in found["notes"])
+    assert case in (run / "attention_analysis" / "notes.txt").read_text()
+
+
+TWO_LEVELS = """
+from heads.models.attention_pool import AttentionPool
+from heads.models.config import AttentionConfig
+from heads.models.head import Float32Linear, ProjectedHead, register_head
+from heads.models.outputs import HeadOutput
+
+
+@register_head("two_levels", AttentionConfig)
+class TwoLevels(ProjectedHead):
+    levels = ("patch", "slice")
+
+    def __init__(self, dim, classes, config):
+        super().__init__(dim, config)
+        self.low, self.high = (AttentionPool(config.embed_dim, 8) for _ in range(2))
+        self.classifier = Float32Linear(config.embed_dim, classes)
+
+    def forward(self, batch, **schedule):
+        slices, patch = self.low(self.embed(batch), batch.slice_offsets)
+        cases, high = self.high(slices, batch.stain_offsets[batch.case_offsets])
+        return HeadOutput(self.classifier(cases), {"patch": patch, "slice": high})
+"""
+
+
+def test_a_head_of_ones_own_with_two_levels_is_looked_into(project: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(project, tmp_path / "copy", ignore=shutil.ignore_patterns("runs")))
+    (copy / "mine.py").write_text(TWO_LEVELS)
+    with drawing_nothing():
+        succeeded(copy, "train-head", "--plugin", "mine.py", "--model", "two_levels")
+    (run,) = (copy / "runs").iterdir()
+    for command in ("attention", "probe", "report"):
+        assert answer(copy, command, run)["cases"] == 3
+    patches = read(run / "attention_analysis", "effective_attention.csv")
+    np.testing.assert_allclose(patches.groupby("case_id")["effective_attention"].sum(), 1, atol=1e-5)
+
+
+def test_one_analysis_at_a_time_and_none_beside_another(project: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(project, tmp_path / "copy"))
+    run = run_of(copy, "dual_stream")
+    succeeded(copy, "attention", run, "--part", "val", "--top-percent", "10", "--overlays", "1")
+    lists = [path.name for path in (run / "attention_analysis").glob("top_effective*")]
+    assert sorted(lists) == [TABLES[8].replace("5.0", "10.0"), TABLES[9].replace("5.0", "10.0")]
+    own = set(read(run / "attention_analysis", "case_attention.csv")["case_id"])
+    shown = {
+        path.name.split("case_")[1].split("_")[0].split(".")[0]
+        for path in run.glob("attention_analysis/*/*case_*")
+    }
+    assert shown == own
+    with held(run / "attention_analysis"):
+        refused(copy, "attention", run, says=("another process is writing this analysis",))

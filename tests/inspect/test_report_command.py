@@ -57,14 +57,14 @@ def test_a_cases_page_shows_files_and_numbers_of_the_tables(project: Path, head:
                 assert (member.attention, member.uniform) == (row["slice_attention"], row["uniform"])
                 mine = (probes.slices["case_id"] == page.case_id) & (probes.slices["stain"] == stain.name)
                 effect = probes.slices[mine].set_index("slice_id").loc[member.name, "effect_high_grade"]
-                assert member.effect == pytest.approx({"high_grade": -effect, "benign": effect})
+                assert member.effect == pytest.approx({"high_grade": effect, "benign": -effect})
         assert len(page.overlays) == 4
         for tile in (tile for gallery in page.galleries for tile in gallery.tiles):
             row = known.loc[tile.file]
             assert row["case_id"] == page.case_id
             assert tile.values["attention"] == pytest.approx(row["effective_attention"])
             assert tile.values["alone p(high_grade)"] == pytest.approx(row["alone_high_grade"])
-            assert tile.values["effect on p(high_grade)"] == pytest.approx(row["effect_high_grade"])
+            assert tile.values["adds to p(high_grade)"] == pytest.approx(row["effect_high_grade"])
             assert tile.picture is not None
             shown = np.asarray(Image.open(io.BytesIO(tile.picture.jpeg)).convert("RGB"), np.float64)
             file = pixels_of(project, tile.file).astype(np.float64)

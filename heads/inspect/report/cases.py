@@ -71,7 +71,7 @@ def draw_page(job: PageJob) -> CasePage:
     shown: list[Picture] = []
     if job.attention is not None and job.images is not None:
         of_case = overlays(job.attention, job.geometry, job.images, job.slides, OVERLAYS, OVERLAY_SIDE)
-        for (_, drawn), row in zip(of_case, _most_attended(job.attention), strict=True):
+        for row, drawn in of_case:
             what = f"Case {case['case_id']}, {row['stain']}, slice {row['slice_id']}"
             share = f"{100 * row['effective_attention']:.3g} % of the case's attention"
             where = "on the slice" if drawn.kind == "slide" else "patches side by side"
@@ -99,13 +99,6 @@ def draw_page(job: PageJob) -> CasePage:
         notes=tuple(dict.fromkeys(notes)),
         details=details,
     )
-
-
-def _most_attended(tables: AttentionTables) -> Iterator[pd.Series]:
-    """The slices in the order of their overlays."""
-    order = np.argsort(-tables.slices["effective_attention"].to_numpy(), kind="stable")[:OVERLAYS]
-    for position in order:
-        yield tables.slices.iloc[position]
 
 
 def _galleries(job: PageJob) -> Iterator[Gallery]:
@@ -158,7 +151,7 @@ def tile_values(row: Mapping[str, Any], class_names: Sequence[str]) -> dict[str,
         if f"alone_{name}" in row:
             values[f"alone p({name})"] = float(row[f"alone_{name}"])
         if f"effect_{name}" in row and np.isfinite(float(row[f"effect_{name}"])):
-            values[f"effect on p({name})"] = float(row[f"effect_{name}"])
+            values[f"adds to p({name})"] = float(row[f"effect_{name}"])
     return values
 
 
@@ -193,9 +186,9 @@ def _members(job: PageJob) -> tuple[Member, ...]:
 
 
 def _effect(row: Mapping[str, Any], class_names: Sequence[str]) -> dict[str, float] | None:
-    """How each class's probability changes when this is left out; None where that is not known."""
+    """What this adds to each class's probability; None where that is not known."""
     if any(f"effect_{name}" not in row for name in class_names):
         return None
     values = [row[f"effect_{name}"] for name in class_names]
-    changes = {name: -float(value) for name, value in zip(class_names, values, strict=True)}
-    return changes if all(np.isfinite(list(changes.values()))) else None
+    effects = {name: float(value) for name, value in zip(class_names, values, strict=True)}
+    return effects if all(np.isfinite(list(effects.values()))) else None

@@ -66,7 +66,7 @@ class Member:
         patches: How many it has.
         attention: Its share; those of its brothers and its own sum to 1.
         uniform: What equal shares would be.
-        effect: By class, the change of its probability when this is left out.
+        effect: By class, what this adds to its probability: the case's own, less that without it.
         members: The slices of a stain.
     """
 
@@ -265,7 +265,7 @@ def _laid_together(own: CasePage, given: CasePage | None) -> CasePage:
         probabilities=own.probabilities,
         correct=own.correct,
         charts=tuple(dict.fromkeys((*own.charts, *given.charts))),
-        notes=tuple(dict.fromkeys((*own.notes, *given.notes))),
+        notes=tuple(dict.fromkeys((*(n for n in own.notes if n != NO_PICTURES), *given.notes))),
         details={**own.details, **given.details},
         opinions=own.opinions,
         columns={**own.columns, **given.columns},

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from featstore.errors import FeatstoreError
+from featstore.errors import ConfigError, FeatstoreError
 from featstore.store.format import GEOMETRY_COLUMNS
 from heads.config import Config
 from heads.evaluation.runs import find_run
@@ -20,6 +21,7 @@ from heads.inspect.attention_files import patch_images, slide_images
 from heads.inspect.case_files import slice_names
 from heads.inspect.drawing import draw_all
 from heads.inspect.opened import Opened, open_run
+from heads.inspect.pictures import with_digests
 from heads.inspect.probe_tables import ProbeTables, read_probes
 from heads.inspect.report.cases import PageJob, draw_page, overlay_bytes
 from heads.inspect.report.content import CasePage, Section, Table
@@ -83,41 +85,71 @@ def report_project(
         FeatstoreError: One is none, is not finished, or a file of it is damaged.
     """
     runs = project / config.runs.path
-    if wanted is None:
-        wanted = find_run(runs, None).path
-    looked = Looked((), (), ())
-    read_report(
-        runs, wanted, other, resamples=0 if other is not None else 2000
-    )  # refuses at once what is none
-    if pictures:
-        try:
-            looked = look(config, project, wanted, tell, update)
-        except FeatstoreError as error:
-            looked = Looked((), (), (f"Patches and attention could not be looked at: {error.found}",))
-    report = read_report(runs, wanted, other, looked.pages)
-    report = replace(
-        report, sections=(*report.sections, *looked.sections), notes=(*report.notes, *looked.notes)
-    )
-    folder = wanted if wanted.is_dir() else runs / wanted
-    name = "report.html" if other is None else f"report_against_{other.resolve().name}.html"
+    folder = _folder(runs, wanted)
+    name = "report.html" if other is None else f"report_against_{_folder(runs, other).name}.html"
     path = folder / name if out is None else out
+    _check_target(path)
+    report = read_report(runs, folder, other)
+    looked = Looked()
+    if pictures:
+        looked = look(config, project, folder, tell, update)
+        if other is not None:
+            mine = f"Attention, patches and what they add are those of A, {folder.name}."
+            looked = replace(looked, pages=tuple(_said(page, mine) for page in looked.pages))
+    report = report.with_cases(looked.pages)
+    report = replace(
+        report,
+        sections=(*report.sections, *looked.sections),
+        notes=(*report.notes, *looked.notes),
+        warnings=(*report.warnings, *looked.warnings),
+    )
     write_report(report, path)
-    return WrittenReport(path, path.stat().st_size, len(report.cases), report.notes)
+    notes = (*report.warnings, *report.notes)
+    return WrittenReport(path, path.stat().st_size, len(report.cases), notes)
+
+
+def _folder(runs: Path, wanted: Path | None) -> Path:
+    """Of the run or study that is named, else of the newest finished run."""
+    if wanted is not None and is_study(runs, wanted):
+        return open_study(runs, wanted).folder.path
+    return find_run(runs, wanted, or_study=True).path
+
+
+def _check_target(path: Path) -> None:
+    """Raises ConfigError unless the file can be written: better now than after the work."""
+    found = None
+    if path.is_dir():
+        found = f"{path} is a folder"
+    elif not path.absolute().parent.is_dir():
+        found = f"there is no folder {path.absolute().parent}"
+    elif not os.access(path.absolute().parent, os.W_OK):
+        found = f"{path.absolute().parent} may not be written to"
+    if found is not None:
+        raise ConfigError(
+            found, expected="a file in a folder that is there", where="--out", fix="--out FILE.html"
+        )
+
+
+def _said(page: CasePage, note: str) -> CasePage:
+    return replace(page, notes=(*page.notes, note))
 
 
 @dataclass(frozen=True)
 class Looked:
-    """What was seen of the cases: a page each, sections over all of them, notes."""
+    """What was seen of the cases: a page each, sections over all of them, notes, and warnings."""
 
-    pages: tuple[CasePage, ...]
-    sections: tuple[Section, ...]
-    notes: tuple[str, ...]
+    pages: tuple[CasePage, ...] = ()
+    sections: tuple[Section, ...] = ()
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def look(
     config: Config, project: Path, wanted: Path, tell: Callable[[str], None], update: Update
 ) -> Looked:
-    """Look into a run's test cases; of a study, into those of its first whole seed's trainings.
+    """Look into a run's test cases; of a study, into those of the trainings of one of its seeds.
+
+    What cannot be looked at is a warning: a report without pictures is better than none.
 
     Args:
         config: The project's settings.
@@ -125,43 +157,59 @@ def look(
         wanted: Path or name of a run or study.
         tell: Called with remarks.
         update: Called with the number of cases drawn, and of all.
-
-    Raises:
-        FeatstoreError: Checkpoint or store cannot be used.
     """
     runs = project / config.runs.path
     if not is_study(runs, wanted):
-        return _look_at([open_run(config, project, wanted, tell=tell)], update)
+        opened, warnings = _opened(config, project, {wanted: ""}, tell)
+        return _look_at(opened, warnings, update)
     study = open_study(runs, wanted)
-    results = read_results(study)
-    whole = results.whole_seeds
-    seed = whole[0] if whole else study.seeds[0]
-    finished = [each for each in results.finished if each.seed == seed]
-    opened = [
-        open_run(config, project, study.folder.training(each.fold, seed).path, tell=tell)
+    finished = read_results(study).finished
+    seeds = [each.seed for each in finished]
+    seed = max(dict.fromkeys(seeds), key=seeds.count)
+    whose = {
+        study.folder.training(each.fold, seed).path: f"of seed {seed}, fold {each.fold}"
         for each in finished
-    ]
-    found = _look_at(opened, update)
+        if each.seed == seed
+    }
+    opened, warnings = _opened(config, project, whose, tell)
+    found = _look_at(opened, warnings, update)
+    if not found.pages:
+        return found
     said = f"Attention and probing are those of the trainings of seed {seed}, each on its own test cases."
     return replace(found, notes=(said, *found.notes))
 
 
-def _look_at(runs: list[Opened], update: Update) -> Looked:
+def _opened(
+    config: Config, project: Path, wanted: Mapping[Path, str], tell: Callable[[str], None]
+) -> tuple[list[tuple[Opened, str]], list[str]]:
+    """The runs, each with whose they are; and what stands in the way of others."""
+    opened, warnings = [], []
+    for path, whose in wanted.items():
+        try:
+            opened.append((open_run(config, project, path, tell=tell), whose))
+        except FeatstoreError as error:
+            what = f"Patches and attention {whose} ".rstrip()
+            warnings.append(f"{what} could not be looked at: {error.found}")
+    return opened, warnings
+
+
+def _look_at(runs: list[tuple[Opened, str]], warnings: list[str], update: Update) -> Looked:
     """Pages of the runs' cases, a case once: a split may hold it in several folds' tests."""
-    total, before = sum(len(opened.cases) for opened in runs), 0
+    total, before = sum(len(opened.cases) for opened, _ in runs), 0
     pages: dict[str, CasePage] = {}
     notes: list[str] = []
-    attention: list[AttentionTables] = []
-    for opened in runs:
+    stains: list[pd.DataFrame] = []
+    for opened, whose in runs:
         tables, probes = read_attention(opened), read_probes(opened)
         if tables is None:
             notes.append(f"The head {opened.config.head.name} has no attention: it is not shown.")
         else:
-            attention.append(tables)
-        _, why = patch_images(opened)
-        notes += [why] if why else []
+            new = tables.cases[~tables.cases["case_id"].isin(list(pages))]
+            stains.append(tables.stains.merge(new[["case_id", "true_label"]], on="case_id"))
+        notes += [text for text in (patch_images(opened)[1], slide_images(opened)[1]) if text]
         notes += [f"Probing: {probes.reason}"] if probes.reason else []
-        jobs = _jobs(opened, tables, probes, overlay_bytes(total))
+        warnings = [*warnings, *opened.remarks]
+        jobs = _jobs(opened, tables, probes, overlay_bytes(total), whose)
 
         def count(done: int, mine: int, before: int = before) -> None:
             update(before + done, total)
@@ -169,16 +217,18 @@ def _look_at(runs: list[Opened], update: Update) -> Looked:
         for page in draw_all(draw_page, jobs, len(opened.cases), count):
             pages.setdefault(page.case_id, page)
         before += len(opened.cases)
-    sections = (_stains(attention),) if attention else ()
-    return Looked(tuple(pages.values()), sections, tuple(dict.fromkeys(notes)))
+    sections = (_stains(pd.concat(stains), runs[0][0].class_names),) if stains else ()
+    unique = [tuple(dict.fromkeys(texts)) for texts in (notes, warnings)]
+    return Looked(tuple(pages.values()), sections, *unique)
 
 
 def _jobs(
-    opened: Opened, tables: AttentionTables | None, probes: ProbeTables, most: int
+    opened: Opened, tables: AttentionTables | None, probes: ProbeTables, most: int, whose: str
 ) -> Iterator[PageJob]:
-    """What the page of each case is made of; ``most`` bytes an overlay."""
+    """What the page of each case is made of; ``most`` bytes an overlay, by the training ``whose`` it is."""
     place = [name for name in GEOMETRY_COLUMNS if name in opened.table]
-    images, slides = patch_images(opened)[0], slide_images(opened)
+    images, slides = patch_images(opened)[0], slide_images(opened)[0]
+    said = (f"Attention, patches and what they add are those {whose}.",) if whose else ()
     frames = (probes.patches, probes.slices, probes.stains)
     bounds = [case_bounds(frame) for frame in frames]
     each: Iterator[AttentionTables | None] = iter([None] * len(probes.cases))
@@ -189,17 +239,25 @@ def _jobs(
         patches, slices, stains = (f.iloc[b[i] : b[i + 1]] for f, b in zip(frames, bounds, strict=True))
         geometry = opened.table.loc[patches.index, place] if place else None
         case = probes.cases.iloc[i]
+        shown = None if images is None else with_digests(images, opened.bags.store, [case["case_id"]])
         yield PageJob(
-            case, opened.class_names, patches, slices, stains, attention, geometry, images, slides, (), most
+            case,
+            opened.class_names,
+            patches,
+            slices,
+            stains,
+            attention,
+            geometry,
+            shown,
+            slides,
+            said,
+            most,
         )
 
 
-def _stains(tables: list[AttentionTables]) -> Section:
+def _stains(known: pd.DataFrame, class_names: Sequence[str]) -> Section:
     """How much each stain counts, over all cases and by true class."""
-    stains = pd.concat([each.stains for each in tables])
-    cases = pd.concat([each.cases for each in tables])
-    known = stains.merge(cases[["case_id", "true_label"]], on="case_id")
-    classes = tuple(dict.fromkeys(cases["true_label"]))
+    classes = [name for name in class_names if name in set(known["true_label"])]
     rows = []
     for stain, group in known.groupby("stain", sort=False):
         of_class = group.groupby("true_label")["stain_attention"].mean()
