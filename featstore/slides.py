@@ -124,11 +124,11 @@ class SlideImages:
         wanted = set(slices)
         others = [(file.named, " · ".join(key)) for key, file in self.files.items() if key not in wanted]
         parts = []
-        for found, what in ((self.unread, "say no slice"), (others, "are of no slice looked at")):
+        for found, what in ((self.unread, "whose names say no slice"), (others, "of no slice looked at")):
             if found:
                 some = ", ".join(f"{name} ({printable(why)})" for name, why in found[:_EXAMPLES])
                 parts.append(f"{len(found):,} {what}: {some}{', …' if len(found) > _EXAMPLES else ''}")
-        return f"of the images of slices (images.slides) {'; '.join(parts)}" if parts else None
+        return f"images of slices that are not used ({KEY}): {'; '.join(parts)}" if parts else None
 
     def find(self, case_id: str, stain: str, slice_id: str) -> Path | None:
         """The file of a slice's image, or None."""
@@ -202,10 +202,8 @@ def misfit(slide: SlideImage, corners: NDArray[np.float64]) -> str | None:
     if (low < -spare).any():
         return f"{text} and begin at x = {low[0]:,.0f}, y = {low[1]:,.0f}: is it another slice's image?"
     fitting = float((high / (size + np.maximum(_BEYOND_SHARE * size, _BEYOND_PIXELS))).max())
-    usual = 2 ** math.ceil(math.log2(fitting))
-    return (
-        f"{text}: they fit from a downsample of {_rounded_up(fitting):g} on (the next usual one: {usual:g})"
-    )
+    advised, usual = _rounded_up(fitting), 2 ** math.ceil(math.log2(fitting))
+    return f"{text}: they fit from a downsample of {advised:g} on (the next usual one: {usual:g})"
 
 
 def _rounded_up(value: float) -> float:

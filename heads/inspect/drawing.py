@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
+import sys
+import types
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import TypeVar
 
 from featstore.errors import FeatstoreError
@@ -12,7 +19,7 @@ J = TypeVar("J")
 R = TypeVar("R")
 _FEW = 8  # so many cases are drawn before further processes would have begun
 _MOST = 16
-_AHEAD = 3  # jobs a process that wait for it: more would only take memory
+_AHEAD = 4  # jobs a process that wait for it: more would only take memory
 
 
 class DrawingError(FeatstoreError):
@@ -47,18 +54,21 @@ def draw_all(
             yield draw(job)
             update(done, total)
         return
-    from joblib import Parallel, delayed
-    from joblib.externals.loky.process_executor import BrokenProcessPool
-
-    # Not forked: a process with torch's threads and HDF5's lock must not be. Nor multiprocessing's spawn,
-    # which would run the caller's script once more in every process.
-    pool = Parallel(
-        workers, backend="loky", return_as="generator", pre_dispatch=workers * _AHEAD, batch_size=1
-    )
+    # Not forked: a process with torch's threads and HDF5's lock must not be.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin)
     try:
-        for done, drawn in enumerate(pool(delayed(_drawn)(draw, job) for job in jobs), 1):
-            yield drawn
-            update(done, total)
+        pending: dict[int, Future[R]] = {}
+        given, wanted, remaining = 0, 0, iter(jobs)
+        while wanted < total:
+            while given < total and len(pending) < workers * _AHEAD:
+                with _without_main():
+                    pending[given] = pool.submit(draw, next(remaining))
+                given += 1
+            wait([f for f in pending.values() if not f.done()] or pending.values(), None, FIRST_COMPLETED)
+            while wanted in pending and pending[wanted].done():
+                yield pending.pop(wanted).result()
+                wanted += 1
+                update(wanted, total)
     except BrokenProcessPool as error:
         raise DrawingError(
             "a process that drew pictures has ended in the middle",
@@ -66,8 +76,21 @@ def draw_all(
             where="drawing the cases' pictures",
             fix="free some memory and run the command again; fewer --overlays take less",
         ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _drawn(draw: Callable[[J], R], job: J) -> R:
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to all; the parent ends them
     die_with_parent()
-    return draw(job)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Without the caller's script, which a process that is started would else run once more."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

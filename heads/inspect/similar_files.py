@@ -160,7 +160,7 @@ def _asked(store: Store, config: Config, project: Path, query: str) -> _Asked:
     file, folder = Path(os.path.abspath(query)), Path(os.path.abspath(project / config.patches.folder))
     wanted, is_file = query, file.is_file()
     # As written first: a folder below that of patches may be a link to elsewhere.
-    for one, root in ((file, folder), (file.resolve(), folder.resolve())):
+    for one, root in ((file, folder), (Path(os.path.realpath(file)), Path(os.path.realpath(folder)))):
         if one.is_relative_to(root):
             wanted = one.relative_to(root).as_posix()
             break
@@ -175,7 +175,7 @@ def _asked(store: Store, config: Config, project: Path, query: str) -> _Asked:
     # A file of its own is none that only has the name of a patch in another folder.
     if path is None or (is_file and path != wanted):
         return _Asked(None, None, f"{name}~{_digest(file)}")
-    notes = ()
+    notes: tuple[str, ...] = ()
     if is_file and wanted == query and not file.is_relative_to(folder):
         notes = (
             f"{path} is a patch of the store, and a file: the patch was taken; for the file, ./{path}",
@@ -188,7 +188,7 @@ def _asked(store: Store, config: Config, project: Path, query: str) -> _Asked:
 def _is_called_alone(store: Store, path: str) -> bool:
     """Whether no patch of another folder has the file's name."""
     last = path.rpartition("/")[2]
-    return sum(other.rpartition("/")[2] == last for other in store.table()["path"]) == 1
+    return [other.rpartition("/")[2] for other in store.table()["path"]].count(last) == 1
 
 
 def _digest(path: Path | str) -> str:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def prepare(work: Path, cases: int, patches: int) -> None:
         list(pool.map(write_case, ids, [work / "patches"] * len(ids), [per_slice] * len(ids)))
     writer = StoreWriter(work / "store", make_spec(dim=DIM), {})
     for case in ids:
-        writer.commit(case, [embedded(case, *each) for each in keys(per_slice)])
+        writer.commit(case, [embedded(work / "patches", case, *each) for each in keys(per_slice)])
     labels = "".join(f"{case},{int(case) % 2}\n" for case in ids)
     (work / "labels.csv").write_text("Case,Class\n" + labels)
     settings = {
@@ -98,14 +99,19 @@ def write_case(case: str, folder: Path, per_slice: list[int]) -> None:
             crop.save(place / patch_name(case, name, stain, patch), compress_level=1)
 
 
-def embedded(case: str, stain: str, name: str, count: int) -> Slice:
+def embedded(folder: Path, case: str, stain: str, name: str, count: int) -> Slice:
     """A slice's embeddings; of odd cases every tenth patch stands out."""
     made = make_slice(case, stain, name, list(range(1, count + 1)))
     rng = np.random.default_rng([int(case), STAINS.index(stain), SLICES.index(name)])
     x = rng.normal(size=(count, DIM)).astype(np.float16)
     x[:: 10 if int(case) % 2 else count + 1, :32] += 2
-    paths = [f"{case}/{patch_name(case, name, stain, patch)}".encode() for patch in range(1, count + 1)]
-    return Slice(stain, name, {**made.columns, "features": x, "source_name": np.array(paths)})
+    paths = [f"{case}/{patch_name(case, name, stain, patch)}" for patch in range(1, count + 1)]
+    digests = [sha256((folder / path).read_bytes()).digest() for path in paths]
+    known = {
+        "source_name": np.array([path.encode() for path in paths]),
+        "source_sha256": np.stack([np.frombuffer(digest, np.uint8) for digest in digests]),
+    }
+    return Slice(stain, name, {**made.columns, "features": x, **known})
 
 
 def timed(work: Path, *command: str) -> float:

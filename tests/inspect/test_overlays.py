@@ -157,6 +157,54 @@ def test_patches_whose_place_is_not_known_are_listed_and_the_others_drawn() -> N
     assert_shaded_by_value(found, patches["effective_attention"].max(), overlays.OPACITY)
 
 
+def reaching(right: float, bottom: float) -> pd.DataFrame:
+    """Of a slide of 400 × 300 pixels at downsample 10: two patches, in its top left and further on."""
+    low = [
+        square(50, 50, 100),
+        [right - 60, bottom - 60, right, bottom - 60, right, bottom, right - 60, bottom],
+    ]
+    return slice_of(2, low)
+
+
+@pytest.mark.parametrize(
+    ("right", "bottom", "says"),
+    [
+        (920, 690, "the patches reach over 23 % of the image's width and 23 % of its height: with a "
+         "downsample of 10. Is that right?"),
+        (1999, 600, "reach over 50 % of the image's width and 20 % of its height"),
+        (2001, 600, ""),
+        (600, 1501, ""),
+    ],
+)  # fmt: skip
+def test_patches_that_crowd_in_the_top_left_are_drawn_with_a_doubt_about_the_downsample(
+    right: float, bottom: float, says: str
+) -> None:
+    found = draw(reaching(right, bottom), slide_image())
+    assert (found.kind, len(found.outlines)) == ("slide", 2)
+    assert says in found.note
+    assert bool(found.note) == bool(says)
+
+
+def test_patches_whose_place_is_not_known_do_not_hide_that_the_others_crowd() -> None:
+    patches = reaching(900, 600)
+    patches.loc[1, "x0"] = np.nan
+    assert "reach over 2 % of the image's width and 3 % of its height" in draw(patches, slide_image()).note
+
+
+@pytest.mark.parametrize(
+    ("downsample", "corners", "says"),
+    [(16.0, RINGS, "; downsample 16"), (2.5, None, ""), (1.0, [square(200, 200, 50)] * 15, "")],
+    ids=["on a slide", "on a mosaic", "level 0"],
+)
+def test_the_title_says_a_downsample_that_is_not_1(
+    downsample: float, corners: Any, says: str, written: list[tuple[str, float, float]]
+) -> None:
+    draw(slice_of(15, corners), slide_image(downsample=downsample))
+    (subtitle,) = {text for text, _, _ in written if text.startswith("15 patches")}
+    assert subtitle.endswith(says)
+    assert ("downsample" in subtitle) == bool(says)
+
+
 def only_top_left(patches: pd.DataFrame) -> pd.DataFrame:
     return patches.assign(**dict.fromkeys(GEOMETRY_COLUMNS[2:], np.nan))
 

@@ -16,10 +16,13 @@ from sklearn.decomposition import PCA
 from featstore.errors import ConfigError, FeatstoreError, FingerprintMismatch, ImageError, StoreError
 from featstore.extraction import extract
 from featstore.store import Slice, Store, StoreWriter
+from heads.config import Config
 from heads.evaluation.plots import save
 from heads.inspect import maps
 from heads.inspect import similar as module
 from heads.inspect.similar import cohort_mean, embed_png, plot_map, project_2d, similar
+from heads.inspect.similar_files import similar_project
+from heads.inspect.tables import IDENTITY
 from tests import helpers
 from tests.extraction.conftest import config_of, make_project
 from tests.store.builders import make_slice, make_spec
@@ -81,7 +84,7 @@ def test_the_nearest_patches_are_those_by_the_formula(store: Store, metric: Any,
         wanted = by_hand(store, features[row], metric).drop(index=row).head(25)
         assert found["path"].tolist() == wanted["path"].tolist()
         assert found["rank"].tolist() == list(range(1, 26))
-        assert list(found.columns[2:]) == maps.IDENTITY
+        assert list(found.columns[2:]) == IDENTITY
         column, sign = ("similarity", 1) if metric == "cosine" else ("distance", -1)
         assert np.allclose(sign * found[column], wanted["near"], atol=1e-4)
 
@@ -197,6 +200,19 @@ def test_a_bare_file_name_serves_where_only_one_patch_has_it(tmp_path: Path) -> 
     assert similar(found, "only2.png", 8).equals(similar(found, Path("3/h&e/only2.png"), 8))
     with pytest.raises(StoreError, match=r"2 patches of the store are called a1\.png"):
         similar(found, "a1.png")
+    with pytest.raises(StoreError) as error:
+        similar(found, "b1.png")
+    assert error.value.fix == "check the path, or name a PNG file to have it embedded"
+
+
+def test_patches_of_one_name_in_two_folders_have_files_of_their_own(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path / "store", make_spec(), {"test": True})
+    for case, name in (("1", "a"), ("2", "a"), ("3", "only")):
+        writer.commit(case, [renamed(name)(case, "h&e", "s1", [1, 2, 3])])
+    queries = ("1/h&e/a1.png", "2/h&e/a1.png", "3/h&e/only1.png")
+    written = [similar_project(Config(), tmp_path, query).files[0].name for query in queries]
+    assert len(set(written)) == 3
+    assert written[2] == "nearest_only1.csv"
 
 
 @pytest.mark.parametrize(
@@ -310,7 +326,7 @@ def test_the_map_is_that_of_scikit_learn(store: Store, monkeypatch: pytest.Monke
         sign = np.sign(loadings[np.abs(loadings).argmax()])
         assert np.allclose(found[column], sign * place, atol=1e-8)
     assert np.allclose(found.attrs[maps.EXPLAINED], pca.explained_variance_ratio_, rtol=1e-9)
-    assert found[maps.IDENTITY].equals(table[maps.IDENTITY])
+    assert found[IDENTITY].equals(table[IDENTITY])
 
 
 def test_the_map_of_some_cases_is_fitted_on_them(store: Store) -> None:
@@ -337,8 +353,8 @@ def map_of(n: int) -> pd.DataFrame:
     table = pd.DataFrame(rng.normal(size=(n, 2)), columns=["pc1", "pc2"])
     table["stain"] = np.array(["h&e", "melan", "sox10"])[np.arange(n) % 3]
     table["class"] = [f"class {i % 11}" for i in range(n)]
-    table["effective_attention"] = rng.gamma(0.2, 1, n)
-    table.loc[:3, "effective_attention"] = 0.0
+    table["times_equal"] = rng.gamma(0.2, 1, n)
+    table.loc[:3, "times_equal"] = 0.0
     return table
 
 
@@ -386,14 +402,23 @@ def test_patches_without_a_class_are_left_out_of_its_map() -> None:
     assert plot_map(table, "class").axes[0].get_title() == "Embeddings by class: 20 patches"
 
 
+def test_the_colours_of_attention_say_what_they_are_multiples_of() -> None:
+    points, bar = plot_map(map_of(30), "attention").axes
+    (drawn,) = points.collections
+    assert bar.get_ylabel() == "× equal share (logarithmic)"
+    wanted = np.sort(map_of(30)["times_equal"])
+    top = np.asarray(drawn.get_array())[-20:]
+    assert np.allclose(top, wanted[-20:])
+
+
 @pytest.mark.parametrize("values", [0.0, 1.0])
 def test_attention_without_a_range_is_drawn(values: float, tmp_path: Path) -> None:
-    save(plot_map(map_of(30).assign(effective_attention=values), "attention"), tmp_path / "map.png")
+    save(plot_map(map_of(30).assign(times_equal=values), "attention"), tmp_path / "map.png")
 
 
 @pytest.mark.parametrize("color_by", ["class", "attention", "colour"])
 def test_a_column_that_is_not_there_is_told(color_by: Any) -> None:
-    table = map_of(30).drop(columns=["class", "effective_attention"])
+    table = map_of(30).drop(columns=["class", "times_equal"])
     with pytest.raises(FeatstoreError, match="no values to be coloured by") as error:
         plot_map(table, color_by)
     assert error.value.expected == "stain"

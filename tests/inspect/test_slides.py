@@ -144,6 +144,27 @@ def test_images_whose_names_say_no_slice_are_listed_and_patches_are_not(tmp_path
     assert found.unread == (("overview.png", "does not start with 'case_'"),)
 
 
+def test_images_that_are_not_used_are_told_in_a_line_with_examples_and_reasons(tmp_path: Path) -> None:
+    used = [KEY, ("9", "sox10", "match_1")]
+    assert SlideImages.of_project(FeatstoreConfig(), tmp_path).remark(used) is None
+    in_folder(tmp_path, "case_38_unmatched_2_h&e.png")
+    assert slides(tmp_path).remark(used) is None
+    in_folder(tmp_path, "overview.png")
+    in_folder(tmp_path, "case_038_match_7_he.png")
+    begin = "images of slices that are not used (images.slides): "
+    names = "1 whose names say no slice: overview.png (does not start with 'case_')"
+    assert slides(tmp_path).remark(used) == (
+        f"{begin}{names}; 1 of no slice looked at: case_038_match_7_he.png (38 · h&e · match_7)"
+    )
+    assert slides(tmp_path).remark([*used, ("38", "h&e", "match_7")]) == begin + names
+    for n in range(1, 5):
+        in_folder(tmp_path, f"case_2_match_{n}_he.png")
+    told = slides(tmp_path).remark(used) or ""
+    assert "; 5 of no slice looked at: " in told
+    assert told.endswith("(2 · h&e · match_2), …")
+    assert "match_3" not in told
+
+
 def test_without_images_the_reason_says_what_to_set(tmp_path: Path) -> None:
     found = SlideImages.of_project(FeatstoreConfig(), tmp_path)
     image, why = found.read_or_why(*KEY)
