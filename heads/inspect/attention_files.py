@@ -183,7 +183,8 @@ def slide_images(opened: Opened) -> tuple[SlideImages | None, str]:
         slides = SlideImages.of_project(opened.config, opened.project)
     except FeatstoreError as error:
         return None, f"no images of slices: {error.found}"
-    outlines = (opened.bags.outlines[case] for case in opened.cases)
+    store = opened.bags.store
+    outlines = map(store.outline, store.cases())
     known = {
         (bag.case_id, stain, name)
         for bag in outlines
