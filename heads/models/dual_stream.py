@@ -77,9 +77,9 @@ class DualStream(Head):
         standardize, given = self.standardize, batch.standardized
         return project(batch.features, standardize, self.hidden, self.dropout, given)
 
-    def forward(self, batch: BagBatch, **schedule: float) -> HeadOutput:
+    def forward(self, batch: BagBatch, temperature: float = 1.0, **schedule: float) -> HeadOutput:
         """`classify` of a batch's patches, embedded."""
-        return self.classify(self.embed(batch), batch, **schedule)
+        return self.classify(self.embed(batch), batch, temperature, **schedule)
 
     def classify(
         self, instances: torch.Tensor, batch: BagBatch, temperature: float = 1.0, **schedule: float
