@@ -18,6 +18,7 @@ from featstore.store.ids import component
 from heads.config import Config
 from heads.evaluation.plots import save
 from heads.evaluation.runs import held, write_text
+from heads.evaluation.studies import counted
 from heads.inspect.attention import read_attention
 from heads.inspect.attention_plots import stain_figure
 from heads.inspect.attention_text import summary_text, top_text
@@ -58,7 +59,8 @@ class AttentionReport:
         if self.tables is None or self.folder is None:
             return "\n".join([f"{self.run}", *self.notes])
         stains = self.tables.stains.groupby("stain", sort=False)["stain_attention"]
-        lines = [f"{self.folder}: {len(self.tables.cases)} cases, {len(self.tables.patches):,} patches"]
+        cases, patches = counted(len(self.tables.cases), "case"), f"{len(self.tables.patches):,} patches"
+        lines = [f"{self.folder}: {cases}, {patches}"]
         for stain, mean in stains.mean().items():
             equal = self.tables.stains.loc[self.tables.stains["stain"] == stain, "uniform"].mean()
             lines.append(
@@ -143,7 +145,7 @@ def remove_old(folder: Path, own: Iterable[str]) -> None:
 
 def write_notes(folder: Path, opened: Opened, notes: Iterable[str]) -> None:
     """``notes.txt``: which cases were looked at, and what could not be shown; written last."""
-    lines = [f"{len(opened.cases)} cases ({opened.part}): {', '.join(opened.cases)}", *notes]
+    lines = [f"{counted(len(opened.cases), 'case')} ({opened.part}): {', '.join(opened.cases)}", *notes]
     write_text(folder / "notes.txt", "".join(f"{line}\n" for line in lines))
 
 

@@ -16,6 +16,7 @@ from featstore.store.ids import component
 from heads.config import Config
 from heads.evaluation.plots import save
 from heads.evaluation.runs import held
+from heads.evaluation.studies import counted
 from heads.inspect.attention_files import patch_images, remove_old, write_notes
 from heads.inspect.case_files import patch_title
 from heads.inspect.curve_tables import area_summary, curve_areas, effect_agreement, read_curves
@@ -53,8 +54,8 @@ class ProbeReport:
 
     def to_text(self) -> str:
         """Where the files are, and whether attention agrees with effect."""
-        cases, patches = len(self.tables.cases), len(self.tables.patches)
-        lines = [f"{self.folder}: {cases} cases, {patches:,} patches"]
+        cases, patches = counted(len(self.tables.cases), "case"), len(self.tables.patches)
+        lines = [f"{self.folder}: {cases}, {patches:,} patches"]
         if self.agreement is not None:
             lines.append(
                 f"  attention against the effect of leaving a patch out: rank correlation "

@@ -14,7 +14,7 @@ from featstore.errors import ConfigError, FeatstoreError
 from featstore.store.format import GEOMETRY_COLUMNS
 from heads.config import Config
 from heads.evaluation.runs import find_run
-from heads.evaluation.studies import is_study, open_study
+from heads.evaluation.studies import counted, is_study, open_study
 from heads.evaluation.study_results import read_results
 from heads.inspect.attention import read_attention
 from heads.inspect.attention_files import patch_images, slide_images
@@ -50,7 +50,9 @@ class WrittenReport:
 
     def to_text(self) -> str:
         """Where it is, and how large."""
-        lines = [f"{self.path}: {self.cases} cases, {self.bytes / 1e6:.1f} MB; open it in any browser"]
+        lines = [
+            f"{self.path}: {counted(self.cases, 'case')}, {self.bytes / 1e6:.1f} MB; open it in any browser"
+        ]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
     def to_json(self) -> dict[str, Any]:
