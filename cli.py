@@ -266,7 +266,7 @@ def compare(
     call.answer(done)
 
 
-@command(("runs", "images"))
+@command(("images",))
 def attention(
     call: Call[Config],
     run: Path | None = typer.Argument(None, help="run folder (default: the newest finished one)"),
@@ -298,7 +298,7 @@ def attention(
     call.answer(done)
 
 
-@command(("runs", "images"))
+@command(("images",))
 def probe(
     call: Call[Config],
     run: Path | None = typer.Argument(None, help="run folder (default: the newest finished one)"),
@@ -353,7 +353,7 @@ def similar(
     )
 
 
-@command(("runs", "images"))
+@command(("images",))
 def report(
     call: Call[Config],
     run: Path | None = typer.Argument(None, help="run or study (default: the newest finished run)"),

@@ -29,6 +29,7 @@ from heads.inspect.pictures import PatchImages, images_of, with_digests
 from heads.inspect.tables import AttentionTables, slice_equality, top_patches
 
 FOLDER = "attention_analysis"
+UNFINISHED = "NOT FINISHED: it was interrupted, or is being written; run the command again"
 _OWN = (
     "notes.txt",
     "effective_attention.csv",
@@ -119,11 +120,14 @@ def attention_project(
         return AttentionReport(opened.run.path, None, None, [note])
     folder, notes = opened.run.path / FOLDER, list(opened.remarks)
     images, why = patch_images(opened)
+    if opened.config.images.slides is not None:
+        SlideImages.of_project(opened.config, project)  # what is asked for here must be right
     slides, remark = slide_images(opened)
     notes += [text for text in (why, remark) if text]
     folder.mkdir(exist_ok=True)
     with held(folder, "writing this analysis"):
         remove_old(folder, _OWN)
+        write_notes(folder, opened, [UNFINISHED])
         write_tables(tables, folder, top_percent)
         save(stain_figure(tables.stains, tables.cases), folder / "stain_attention_distribution.png")
         jobs = case_jobs(opened, tables, folder, images, slides, top_n, overlays)

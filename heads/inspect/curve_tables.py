@@ -16,7 +16,7 @@ from heads.inspect.probe_tables import ProbeTables
 from heads.inspect.tables import case_bounds
 
 Floats = NDArray[np.float64]
-_RESAMPLES = 2000
+_RESAMPLES, _SHUFFLES = 2000, 10
 
 
 def read_curves(
@@ -35,7 +35,8 @@ def read_curves(
 
     Returns:
         One row a case, order, kind and fraction: ``case_id, order`` (most important first by
-        ``attention``, ``effect`` of leaving one out, what it says ``alone``, or at ``random``), ``kind``
+        ``attention``, ``effect`` of leaving one out, what it says ``alone``, or at ``random``: the mean of
+        ten such orders), ``kind``
         (``deletion``: the case without them; ``insertion``: these alone), ``fraction, probability``.
     """
     called = {row["case_id"]: row["predicted_label"] for row in probes.cases.to_dict("records")}
@@ -44,11 +45,14 @@ def read_curves(
     for i, (case, batch) in enumerate(zip(opened.cases, opened.batches(1), strict=True)):
         mine = probes.patches.iloc[bounds[i] : bounds[i + 1]]
         c = opened.class_names.index(called[case])
-        orders = _orders(mine, called[case], i)
-        together = torch.from_numpy(np.stack(list(orders.values())))
+        orders = _orders(mine, called[case])
+        rng = np.random.default_rng(i)
+        at_random = [rng.permutation(len(mine)) for _ in range(_SHUFFLES)]
+        together = torch.from_numpy(np.stack([*orders.values(), *at_random]))
         logits = curves(opened.head, batch, together, fractions, **opened.schedule)
         shares = opened.share(logits.flatten(0, -2)).view(logits.shape)[..., c].cpu().numpy()
-        for name, share in zip(orders, shares, strict=True):
+        lines = [*shares[: len(orders)], shares[len(orders) :].mean(axis=0)]
+        for name, share in zip((*orders, "random"), lines, strict=True):
             for kind, line in zip(("deletion", "insertion"), share, strict=True):
                 columns = {"case_id": case, "order": name, "kind": kind}
                 found.append(pd.DataFrame({**columns, "fraction": fractions, "probability": line}))
@@ -56,15 +60,14 @@ def read_curves(
     return pd.concat(found, ignore_index=True)
 
 
-def _orders(patches: pd.DataFrame, called: str, seed: int) -> dict[str, NDArray[np.int64]]:
+def _orders(patches: pd.DataFrame, called: str) -> dict[str, NDArray[np.int64]]:
     """Positions of a case's patches, the most important first."""
     columns = {"attention": "effective_attention", "effect": f"effect_{called}", "alone": f"alone_{called}"}
-    found = {
+    return {
         name: np.argsort(-patches[column].to_numpy(np.float64), kind="stable")
         for name, column in columns.items()
         if column in patches
     }
-    return found | {"random": np.random.default_rng(seed).permutation(len(patches))}
 
 
 def curve_areas(table: pd.DataFrame) -> pd.DataFrame:
@@ -108,14 +111,16 @@ def effect_agreement(probes: ProbeTables) -> pd.DataFrame:
     """How a case's attention ranks its patches, against the effect of leaving each of them out.
 
     Returns:
-        ``case_id, patches, spearman`` of effective attention and the absolute effect on the called class;
-        NaN where all are equal.
+        ``case_id, patches``, and the rank correlation of effective attention with the effect on the called
+        class: ``size`` of its absolute value (do attended patches matter?), ``signed`` of the effect itself
+        (do they speak for the call?); NaN where all are equal.
     """
     bounds, rows = case_bounds(probes.patches), []
     for i, case in enumerate(probes.cases.to_dict("records")):
         mine = probes.patches.iloc[bounds[i] : bounds[i + 1]]
-        effect = mine[f"effect_{case['predicted_label']}"].abs().to_numpy(np.float64)
+        effect = mine[f"effect_{case['predicted_label']}"].to_numpy(np.float64)
         attention = mine["effective_attention"].to_numpy(np.float64)
         fine = len(mine) > 1 and np.isfinite(effect).all() and np.ptp(effect) > 0 and np.ptp(attention) > 0
-        rows.append((case["case_id"], len(mine), spearman(attention, effect) if fine else np.nan))
-    return pd.DataFrame(rows, columns=["case_id", "patches", "spearman"])
+        found = [spearman(attention, each) if fine else np.nan for each in (np.abs(effect), effect)]
+        rows.append((case["case_id"], len(mine), *found))
+    return pd.DataFrame(rows, columns=["case_id", "patches", "size", "signed"])

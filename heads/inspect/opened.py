@@ -23,9 +23,9 @@ from featstore.store import Store
 from heads.cohort import check_unchanged, load_bags
 from heads.config import Config
 from heads.evaluation.checkpoints import identity_of, load_best_of, load_state
-from heads.evaluation.runs import RunError, RunFolder, find_run, read_about, read_config, read_own_split
+from heads.evaluation.runs import RunError, RunFolder, find_run, read_about, read_own_split
 from heads.models.head import Head, load_plugin
-from heads.project import on_this_machine, plugin_of
+from heads.project import on_this_machine, own_config, plugin_of
 from heads.training.data import micro_batches
 
 PARTS = ("test", "val", "train", "all")
@@ -131,7 +131,7 @@ def open_run(
     if part not in PARTS:
         raise ConfigError(f"--part is {part!r}", expected=" | ".join(PARTS), fix="--part test")
     run = find_run(project / config.runs.path, wanted)
-    mine, about = on_this_machine(read_config(run), config), read_about(run)
+    mine, about = on_this_machine(own_config(config, run, tell), config), read_about(run)
     # Where pictures are is a matter of the place, too.
     mine = mine.model_copy(update={"patches": config.patches, "images": config.images})
     mine = mine.model_copy(update={"train": mine.train.model_copy(update={"views": False})})

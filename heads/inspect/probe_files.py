@@ -17,7 +17,7 @@ from heads.config import Config
 from heads.evaluation.plots import save
 from heads.evaluation.runs import held
 from heads.evaluation.studies import counted
-from heads.inspect.attention_files import patch_images, remove_old, write_notes
+from heads.inspect.attention_files import UNFINISHED, patch_images, remove_old, write_notes
 from heads.inspect.case_files import patch_title
 from heads.inspect.curve_tables import area_summary, curve_areas, effect_agreement, read_curves
 from heads.inspect.opened import Opened, open_run
@@ -41,7 +41,8 @@ class ProbeReport:
         folder: Where the files are.
         tables: What every patch says.
         areas: Of deletion and insertion (`area_summary`), or None.
-        agreement: Mean rank correlation of attention and effect over the cases, or None.
+        agreement: Mean rank correlation over the cases of attention with the ``size`` of a patch's effect,
+            and with the ``signed`` effect; None where there is none.
         notes: What could not be computed or shown, and why.
     """
 
@@ -49,7 +50,7 @@ class ProbeReport:
     folder: Path
     tables: ProbeTables
     areas: pd.DataFrame | None
-    agreement: float | None
+    agreement: dict[str, float] | None
     notes: list[str] = field(default_factory=list)
 
     def to_text(self) -> str:
@@ -58,8 +59,9 @@ class ProbeReport:
         lines = [f"{self.folder}: {cases}, {patches:,} patches"]
         if self.agreement is not None:
             lines.append(
-                f"  attention against the effect of leaving a patch out: rank correlation "
-                f"{self.agreement:.3f}, mean of the cases"
+                f"  attention and the effect of leaving a patch out, rank correlation, mean of the cases: "
+                f"{self.agreement['size']:.3f} with its size, {self.agreement['signed']:.3f} with what it "
+                f"adds to the called class"
             )
         if self.areas is not None:
             for row in records(self.areas):
@@ -143,10 +145,11 @@ def _write_all(
     update: Update,
 ) -> ProbeReport:
     notes = [*opened.remarks, *([tables.reason] if tables.reason else [])]
+    write_notes(folder, opened, [UNFINISHED])
     for name in ("patches", "slices", "stains", "cases"):
         _write(folder / f"{name}.{table_format}", getattr(tables, name), table_format)
     areas: pd.DataFrame | None = None
-    agreement: float | None = None
+    agreement: dict[str, float] | None = None
     if curves:
         lines = read_curves(opened, tables, update=update)
         areas = area_summary(curve_areas(lines))
@@ -158,8 +161,10 @@ def _write_all(
         ranks = effect_agreement(tables)
         _write(folder / "attention_effect.csv", ranks, "csv")
         save(effect_figure(tables), folder / "attention_effect.png")
-        known = ranks["spearman"].dropna()
-        agreement = float(known.mean()) if len(known) else None
+        known = ranks[["size", "signed"]].dropna()
+        agreement = (
+            {str(name): float(value) for name, value in known.mean().items()} if len(known) else None
+        )
     notes += _pictures(opened, tables, folder, mode, top_n)
     write_notes(folder, opened, notes)
     return ProbeReport(opened.run.path, folder, tables, areas, agreement, notes)

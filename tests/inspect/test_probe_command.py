@@ -191,8 +191,9 @@ def test_attention_is_ranked_against_the_size_of_effects(project: Path) -> None:
     for row in effect_agreement(probes).to_dict("records"):
         mine = probes.patches[probes.patches["case_id"] == row["case_id"]]
         called = probes.cases.set_index("case_id").loc[row["case_id"], "predicted_label"]
-        expected = mine["effective_attention"].corr(mine[f"effect_{called}"].abs(), method="spearman")
-        assert row["spearman"] == pytest.approx(expected)
+        effect, attention = mine[f"effect_{called}"], mine["effective_attention"]
+        assert row["size"] == pytest.approx(attention.corr(effect.abs(), method="spearman"))
+        assert row["signed"] == pytest.approx(attention.corr(effect, method="spearman"))
 
 
 def test_galleries_take_few_of_a_case_and_only_what_is_neutral(project: Path) -> None:

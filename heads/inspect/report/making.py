@@ -97,7 +97,9 @@ def report_project(
         looked = look(config, project, folder, tell, update)
         if other is not None:
             mine = f"Attention, patches and what they add are those of A, {folder.name}."
-            looked = replace(looked, pages=tuple(_said(page, mine) for page in looked.pages))
+            of_a = tuple(replace(each, title=f"{each.title}, by A") for each in looked.sections)
+            pages = tuple(_said(page, mine) for page in looked.pages)
+            looked = replace(looked, pages=pages, sections=of_a)
     report = report.with_cases(looked.pages)
     report = replace(
         report,

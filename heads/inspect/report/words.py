@@ -29,6 +29,9 @@ MEANINGS = {
 }
 
 
+_OF_POSITIVES = ("sensitivity", "specificity", "f1", "average_precision")
+
+
 def metrics_of(found: Mapping[str, Any]) -> tuple[Metric, ...]:
     """What `metrics.json` says of the test cases, in the page's order.
 
@@ -38,7 +41,14 @@ def metrics_of(found: Mapping[str, Any]) -> tuple[Metric, ...]:
     Raises:
         KeyError, TypeError, ValueError: It is none.
     """
-    rows = [_metric(label, found[name], meaning) for name, (label, meaning) in MEANINGS.items()]
+    names = list(found["recall"])
+    of_classes = "Mean over the classes, each against the others." if len(names) > 2 else ""
+    if len(names) == 2:
+        of_classes = f"Positive: {names[1]}."
+    rows = [
+        _metric(label, found[name], f"{meaning} {of_classes}" if name in _OF_POSITIVES else meaning)
+        for name, (label, meaning) in MEANINGS.items()
+    ]
     return (*rows, *(
         _metric(f"Recall of {name}", each, f"Of the cases of {name}, the share called so.")
         for name, each in found["recall"].items()
