@@ -14,7 +14,7 @@ from heads.config import Config
 
 if TYPE_CHECKING:
     from featstore.extraction import ExtractionReport
-    from heads.training.loop import Progress as TrainingProgress
+    from heads.training.course import Progress as TrainingProgress
 
 COHORT = ("patches", "images", "labels", "")
 
@@ -234,6 +234,29 @@ def train_head(
     call.answer(train(call.config, call.project, folds, seeds, resume, call.tell, show))
 
 
+@command(("finetune", "runs"), presets=_gpu("finetune"))
+def finetune(
+    call: Call[Config],
+    run: Path | None = typer.Argument(None, help="run to start from (default: the newest finished one)"),
+    gpu: bool = typer.Option(False, "--gpu", help="insist on a GPU (--device cuda)"),
+    resume: Path | None = typer.Option(None, help="go on with this fine-tuning, by its own settings"),
+) -> None:
+    """Train a run's backbone and head together on the patches, and export the backbone to extract with.
+
+    On several GPUs or machines: torchrun --nproc-per-node N --no-python featstore finetune RUN
+    """
+    from featstore.progress import CaseBar
+    from heads.finetune import finetune_project
+
+    def show(progress: TrainingProgress, epochs: int) -> None:
+        call.tell(progress.to_text(epochs))
+
+    with CaseBar("steps") as bar:
+        done = finetune_project(call.config, call.project, run, resume, call.tell, show, bar.update)
+    if done is not None:
+        call.answer(done)
+
+
 @command(("runs",))
 def evaluate(
     call: Call[Config],
@@ -370,6 +393,58 @@ def report(
     with CaseBar() as bar:
         done = report_project(call.config, call.project, run, other, out, pictures, call.tell, bar.update)
     call.answer(done)
+
+
+@command(("labels", "head", "train"))
+def drift(
+    call: Call[Config],
+    a: Path = typer.Argument(..., help="a store, e.g. of the backbone before it was tuned"),
+    b: Path = typer.Argument(..., help="another store of the same patches"),
+    out: Path | None = typer.Option(None, help="folder to write to (default: drift/A_B of the project)"),
+    neighbours: int = typer.Option(10, min=1, help="nearest patches that are compared"),
+    sample: int = typer.Option(5000, min=0, help="patches among which they are looked for; 0: all"),
+    seeds: int = typer.Option(1, min=1, help="trainings of the head on each store: seed, seed + 1, …"),
+    downstream: bool = typer.Option(True, help="train the head on both stores, and compare its AUC"),
+) -> None:
+    """Compare two stores of the same patches: what a tuned backbone has changed, and whether it helps."""
+    from featstore.progress import CaseBar
+    from heads.drift import drift_project
+
+    with CaseBar() as bar:
+        done = drift_project(
+            call.config, call.project, a, b, out, neighbours, sample, seeds, downstream,
+            call.tell, bar.update,
+        )  # fmt: skip
+    call.answer(done)
+
+
+@command(("vae", "runs"), in_project=None, presets=_gpu("vae"))
+def train_vae(
+    call: Call[Config],
+    leave_one_out: bool = typer.Option(
+        False, "--leave-one-out", help="hold out every environment in turn; compare with plain training"
+    ),
+    seeds: int = typer.Option(1, min=1, help="--leave-one-out: trainings of each, with seed, seed + 1, …"),
+    gpu: bool = typer.Option(False, "--gpu", help="insist on a GPU (--device cuda)"),
+    resume: Path | None = typer.Option(None, help="go on with this run, by its own settings"),
+) -> None:
+    """Train a β-VAE for domain generalisation; its encoder becomes a backbone for extract."""
+    config, project, tell = call.config, call.project, call.tell
+    if leave_one_out:
+        from heads.leave_one_out import leave_one_out_project
+
+        call.answer(leave_one_out_project(config, project, seeds, resume, tell, tell))
+        return
+    if seeds != 1:
+        raise ConfigError(
+            f"--seeds {seeds} without --leave-one-out",
+            expected="--seed for one training",
+            where="--seeds",
+            fix="add --leave-one-out, or leave out --seeds",
+        )
+    from heads.vae import train_vae_project
+
+    call.answer(train_vae_project(config, project, resume, tell, tell))
 
 
 @command((*COHORT, "backbone", "extract"), in_project=None, presets=_gpu("extract"))

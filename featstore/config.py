@@ -31,6 +31,8 @@ Texts = Annotated[list[Text], BeforeValidator(_as_list)]
 # name a file or something else altogether (`weights: imagenet`).
 PATH: dict[str, JsonValue] = {"path": True}
 PERHAPS_PATH: dict[str, JsonValue] = {"path": "perhaps"}
+# A folder that holds this file; a folder that happens to be named like a backbone is none.
+PERHAPS_FOLDER: dict[str, JsonValue] = {"path": "perhaps", "holds": "backbone.json"}
 
 
 class Section(BaseModel):
@@ -134,7 +136,12 @@ class ImportConfig(Section):
 class BackboneConfig(Section):
     """The frozen network."""
 
-    name: str = Field("densenet121", description="densenet121 | resnet50 | timm:NAME")
+    name: str = Field(
+        "densenet121",
+        description="densenet121 | resnet50 | timm:NAME | folder of one that was trained here, which "
+        "brings weights, resize and pool with it",
+        json_schema_extra=PERHAPS_FOLDER,
+    )
     weights: str = Field(
         "imagenet",
         description="imagenet | path of a .safetensors or .pth file | random:SEED",

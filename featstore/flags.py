@@ -241,7 +241,7 @@ class CommandLine(Generic[C]):
             if isinstance(value, str):
                 if project != here and value != "null":
                     named = here / value
-                    if leaf.is_path or (leaf.may_be_path and named.is_file()):
+                    if leaf.names(named):
                         value = str(named)
                 layers.add(self._model, settings.nest(leaf, value, flag), flag)
             elif value is not None:

@@ -50,10 +50,13 @@ class Leaf:
         """Whether it names a file or folder."""
         return self._path_kind is True
 
-    @property
-    def may_be_path(self) -> bool:
-        """Whether it names a file, or something else altogether (`imagenet`)."""
-        return self._path_kind == "perhaps"
+    def names(self, path: Path) -> bool:
+        """Whether it means this path; some name a file, or something else altogether (`imagenet`)."""
+        if self._path_kind != "perhaps":
+            return self.is_path
+        extra = self.info.json_schema_extra
+        holds = extra.get("holds") if isinstance(extra, dict) else None
+        return path.is_file() or (isinstance(holds, str) and (path / holds).is_file())
 
     @property
     def alias(self) -> str | None:

@@ -293,7 +293,8 @@ def describe(bags: CaseBags, names: Sequence[str], labels: dict[str, int], split
 
 def check_unchanged(bags: CaseBags, about: dict[str, Any], tell: Callable[[str], None]) -> None:
     """Tell if the store no longer holds what the run was trained on."""
-    if bags.store.digest(natural_sorted(about["labels"])) != about["store"]["digest"]:
+    known = about["store"]["digest"]  # empty: of a run that was not trained on a store
+    if known and bags.store.digest(natural_sorted(about["labels"])) != known:
         tell("warning: the store holds other embeddings of these cases now than when the run was trained")
 
 

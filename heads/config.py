@@ -23,6 +23,8 @@ from heads.models.config import HierarchicalConfig as HierarchicalConfig
 from heads.models.config import LinearConfig as LinearConfig
 from heads.models.config import ProjectorConfig as ProjectorConfig
 from heads.models.config import TransMILConfig as TransMILConfig
+from heads.training.finetune_config import FinetuneConfig as FinetuneConfig
+from heads.training.vae_config import VaeConfig as VaeConfig
 
 Level = Literal["patch", "slice", "stain"]
 Weight = Annotated[float, Field(ge=0)]
@@ -184,6 +186,8 @@ class Config(FeatstoreConfig):
     head: HeadConfig = HeadConfig()
     train: TrainConfig = TrainConfig()
     runs: RunsConfig = RunsConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    vae: VaeConfig = VaeConfig()
 
 
 # What `auto` stands for, by the seed documents. Any other head has the first's, but for `_SLOWER`.

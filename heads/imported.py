@@ -21,7 +21,7 @@ from heads.evaluation.results import Evaluation, check_threshold
 from heads.evaluation.runs import RunError, create_run
 from heads.models.head import build_head
 from heads.run import begin, evaluate_run
-from heads.training.loop import Progress
+from heads.training.course import Progress
 
 # Of a checkpoint's training nothing is known: of these settings alone the project's have a meaning.
 _KEPT = ("device", "memory_gb", "patch_budget", "load_splits", "fold")

@@ -26,7 +26,7 @@ from heads.evaluation.runs import (
 )
 from heads.models.head import load_plugin
 from heads.run import PARTS, TrainedRun, begin, evaluate_run, prepare, restore, settled, train_run
-from heads.training.loop import Progress
+from heads.training.course import Progress
 
 MACHINE = ("device", "memory_gb", "processes")  # settings of a place, not of a training
 _LOCATES = ("path", "suffix")  # settings of `runs` that say where a run is, not what it is

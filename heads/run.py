@@ -39,7 +39,8 @@ from heads.evaluation.runs import (
     write_json,
 )
 from heads.models.head import Head, build_head
-from heads.training.loop import Progress, Training, TrainingError, is_finished
+from heads.training.course import Progress, TrainingError, is_finished
+from heads.training.loop import Training
 from heads.training.optimizer import choose_amp
 
 SAVE_SECONDS = 10.0  # of training that a killed process may lose
@@ -187,7 +188,7 @@ def evaluate_run(
     done, attention = evaluate_heads(
         run,
         heads,
-        bags,
+        dict.fromkeys(heads, bags),
         config,
         cases,
         about["class_names"],
@@ -204,6 +205,11 @@ def evaluate_run(
         tell(
             f"warning: the training is not finished, and nothing is written; "
             f"to go on: featstore train-head --resume {run.path}"
+        )
+    elif "finetuned" in about:
+        tell(
+            "the cached embeddings are of the best epoch, and so are both lines; nothing is written: the "
+            "run's results are those of the fine-tuned model itself"
         )
     elif others := _others(config.runs, read_config(run).runs):
         tell(f"warning: another {others} than the run's own: shown here, nothing is written")

@@ -32,7 +32,7 @@ from heads.project import (
 )
 from heads.run import TrainedRun, prepare, settled
 from heads.study_trainings import Outcome, process_count, train_in_processes, train_in_turn
-from heads.training.loop import Progress
+from heads.training.course import Progress
 
 _SEEDS = 2**32
 

@@ -23,7 +23,7 @@ from heads.evaluation.runs import read_about
 from heads.evaluation.studies import Status, Study, clear_training, record_failure
 from heads.models.head import load_plugin
 from heads.run import begin, prepare, restore, train_run
-from heads.training.loop import Progress, TrainingError
+from heads.training.course import Progress, TrainingError
 
 # Numbers read in all epochs of all trainings: with fewer, starting processes takes longer than it saves.
 _WORTH_IT = 10**9

@@ -17,7 +17,8 @@ import pandas as pd
 import pytest
 
 from featstore.cohort.splits import read_split
-from heads.training.loop import Training, TrainingError
+from heads.training.course import TrainingError
+from heads.training.loop import Training
 from tests import helpers
 from tests.command_line import answer, featstore, listing, refused, succeeded
 from tests.heads.planted import CASES, LABELS, SMALL, make_planted_project

@@ -38,6 +38,7 @@ class Backbone:
         pool: The feature map is averaged over pool × pool cells, D = C · pool², index
             c · pool² + row · pool + column.
         final_relu: Whether DenseNet's last ReLU is applied; None for other models.
+        network: The part of ``module`` that has the weights, under its library's own names.
         weights_ignored: Names in the weights file that belong to nothing here; to be shown to the user.
     """
 
@@ -49,6 +50,7 @@ class Backbone:
     weights_sha256: str
     pool: int
     final_relu: bool | None
+    network: nn.Module
     weights_ignored: tuple[str, ...] = ()
 
     def map_size(self, height: int, width: int) -> tuple[int, int]:
@@ -100,6 +102,16 @@ class Backbone:
 
 Builder = Callable[[BackboneConfig, Path], Backbone]
 _BUILDERS: dict[str, Builder] = {}
+# Given a name that is none of these, they may know a path.
+_PATH_BUILDERS: list[Callable[[BackboneConfig, Path], Backbone | None]] = []
+
+
+def register_path_builder(
+    builder: Callable[[BackboneConfig, Path], Backbone | None],
+) -> Callable[[BackboneConfig, Path], Backbone | None]:
+    """Registers what builds backbones that are named by a path; it gives None for other names."""
+    _PATH_BUILDERS.append(builder)
+    return builder
 
 
 def register_backbone(name: str) -> Callable[[Builder], Builder]:
@@ -122,33 +134,45 @@ def build_backbone(config: BackboneConfig, base: Path) -> Backbone:
 
     Args:
         config: The section ``backbone``.
-        base: Folder that a relative path in ``weights`` starts from.
+        base: Folder that a relative path in ``name`` or ``weights`` starts from.
 
     Raises:
         BackboneError: Unknown name; weights missing, unreadable or of another network; an
             input size or a pooling that the network cannot take.
     """
-    builder = _BUILDERS.get(config.name)
-    if builder is None:
-        prefix = config.name.partition(":")[0] + ":"
-        builder = _BUILDERS.get(prefix) if prefix in config.name else None
-    if builder is None:
-        near = nearest(config.name, backbone_names())
-        raise BackboneError(
-            f"unknown backbone {config.name!r}",
-            expected=" | ".join(n + "NAME" if n.endswith(":") else n for n in backbone_names()),
-            where="backbone.name",
-            fix=near or "for a model of timm write timm:NAME",
-        )
     generator = torch.default_generator
     state = generator.get_state()
     try:
         # What a library draws while it builds must depend on nothing that ran before. Not
         # torch.manual_seed: it would also seed the GPU, whose state is not restored here.
         generator.manual_seed(0)
-        return builder(config, base)
+        if _builder(config.name) is None:
+            for builder in _PATH_BUILDERS:
+                if (found := builder(config, base)) is not None:
+                    return found
+        return build_by_name(config, base)
     finally:
         generator.set_state(state)
+
+
+def build_by_name(config: BackboneConfig, base: Path) -> Backbone:
+    """Builds a backbone of one of the libraries; arguments and errors as `build_backbone`."""
+    builder = _builder(config.name)
+    if builder is None:
+        near = nearest(config.name, backbone_names())
+        names = [n + "NAME" if n.endswith(":") else n for n in backbone_names()]
+        raise BackboneError(
+            f"unknown backbone {config.name!r}",
+            expected=" | ".join([*names, "the folder of an exported one"]),
+            where="backbone.name",
+            fix=near or "for a model of timm write timm:NAME",
+        )
+    return builder(config, base)
+
+
+def _builder(name: str) -> Builder | None:
+    prefix = name.partition(":")[0] + ":"
+    return _BUILDERS.get(name) or (_BUILDERS.get(prefix) if prefix in name else None)
 
 
 def nearest(name: str, names: list[str]) -> str:
@@ -206,6 +230,7 @@ def assemble(
         weights_sha256=state_sha256(network),
         pool=config.pool,
         final_relu=final_relu,
+        network=network,
         weights_ignored=weights_ignored,
     )
 

@@ -11,7 +11,7 @@ from featstore.errors import BackboneError
 
 
 class GridPooling(nn.Module):
-    """Averages feature maps over n × n cells, in float32.
+    """Averages feature maps over n × n cells, in float32 (in float64, if that is what they are).
 
     Where n does not divide a side, cells overlap by a row (adaptive pooling: cell i spans rows
     floor(i·h/n) to ceil((i+1)·h/n)). Of a map with fewer than n rows cells share theirs: refused where all
@@ -27,7 +27,12 @@ class GridPooling(nn.Module):
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """Features (B, C · n²) of maps (B, C, h, w), index c · n² + row · n + column."""
-        return nn.functional.adaptive_avg_pool2d(maps.float(), self.n).flatten(1)
+        return nn.functional.adaptive_avg_pool2d(widened(maps), self.n).flatten(1)
+
+
+def widened(values: torch.Tensor) -> torch.Tensor:
+    """The values in float32, or in float64 if that is what they are."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 class Shapes(NamedTuple):

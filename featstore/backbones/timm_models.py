@@ -23,7 +23,7 @@ from featstore.images import Preprocessing
 
 from .downloads import fetch_hub_file, fetch_url
 from .registry import Backbone, assemble, nearest, register_backbone
-from .shapes import GridPooling
+from .shapes import GridPooling, widened
 from .weights import load_into, read_state
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
@@ -50,7 +50,7 @@ class TimmFeatures(nn.Module):
         features: torch.Tensor
         if self.grid is None:
             features = self.model(x)
-            return features.float()
+            return widened(features)
         features = self.grid(_feature_map(self.model, x, self.name))
         return features
 

@@ -6,10 +6,12 @@ import math
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from featstore.cohort.names import check_id
 from featstore.cohort.tables import Table
 from featstore.errors import CohortError
 
@@ -17,7 +19,9 @@ BOX = ("x", "y", "width", "height")
 CORNERS = ("x0", "y0", "x1", "y1", "x2", "y2", "x3", "y3")
 KEY = "patches.geometry"
 
-Columns = dict[str, NDArray[np.float64]]
+DOMAIN = "domain"  # where a patch was made: a scanner, a hospital; text, and optional
+
+Columns = dict[str, NDArray[Any]]
 
 
 def read_geometry(file: Path, paths: Sequence[str]) -> tuple[Columns, int, int]:
@@ -25,12 +29,12 @@ def read_geometry(file: Path, paths: Sequence[str]) -> tuple[Columns, int, int]:
 
     Args:
         file: CSV with `path` (relative to the patch folder, or a bare file name that is
-            unique) and `x,y[,width,height]` or `x0,y0..x3,y3`, level-0 pixels.
+            unique) and `x,y[,width,height]` or `x0,y0..x3,y3`, level-0 pixels; perhaps `domain`.
         paths: The patches' paths, POSIX, relative to the patch folder; P of them.
 
     Returns:
-        The columns, each (P,) float64 with NaN for patches without a row; the number of
-        rows that match no patch; the number of patches without a row.
+        The columns, each (P,) float64 with NaN for patches without a row, `domain` of text, empty for
+        these; the number of rows that match no patch; the number of patches without a row.
 
     Raises:
         CohortError: Columns are missing, a value is no number, or a patch has two rows.
@@ -43,7 +47,10 @@ def read_geometry(file: Path, paths: Sequence[str]) -> tuple[Columns, int, int]:
     by_name = _unique_names(paths)
 
     lines = np.zeros(len(paths), dtype=np.int64)
-    columns = {name: np.full(len(paths), np.nan) for name in wanted}
+    columns: Columns = {name: np.full(len(paths), np.nan) for name in wanted}
+    domain_at = _domain_column(table)
+    if domain_at is not None:
+        columns[DOMAIN] = np.full(len(paths), "", object)
     unmatched = 0
     for line, cells in table.rows():
         values = _numbers(file, line, wanted, [cells[i] for i in places])
@@ -52,12 +59,7 @@ def read_geometry(file: Path, paths: Sequence[str]) -> tuple[Columns, int, int]:
         if row < 0 and "/" not in name:
             row = by_name.get(name, -1)
             if row == _AMBIGUOUS:
-                raise CohortError(
-                    f"{file} names '{name}' in line {line}, and several folders hold such a file",
-                    expected="the path relative to the patch folder",
-                    where=KEY,
-                    fix="write the path with its folders",
-                )
+                raise _ambiguous(file, line, name)
         if row < 0:
             unmatched += 1
             continue
@@ -71,6 +73,9 @@ def read_geometry(file: Path, paths: Sequence[str]) -> tuple[Columns, int, int]:
         lines[row] = line
         for key, value in zip(wanted, values, strict=True):
             columns[key][row] = value
+        if domain_at is not None and cells[domain_at]:
+            check_id(cells[domain_at], DOMAIN, f"{file}, line {line}")
+            columns[DOMAIN][row] = cells[domain_at]
     return columns, unmatched, int((lines == 0).sum())
 
 
@@ -83,6 +88,21 @@ def _unique_names(paths: Sequence[str]) -> dict[str, int]:
         name = path.rpartition("/")[2]
         rows[name] = _AMBIGUOUS if name in rows else row
     return rows
+
+
+def _ambiguous(file: Path, line: int, name: str) -> CohortError:
+    return CohortError(
+        f"{file} names '{name}' in line {line}, and several folders hold such a file",
+        expected="the path relative to the patch folder",
+        where=KEY,
+        fix="write the path with its folders",
+    )
+
+
+def _domain_column(table: Table) -> int | None:
+    if DOMAIN not in {column.casefold() for column in table.columns}:
+        return None
+    return table.column(DOMAIN, ignore_case=True, fix="rename one")
 
 
 def _wanted(table: Table) -> tuple[str, ...]:

@@ -90,6 +90,45 @@ def read_labels(
     )
 
 
+def read_domains(labels: LabelsConfig, base: Path, normalize_cases: bool) -> dict[str, str]:
+    """Read where each case was made (a scanner, a hospital): the column `domain` of the table of labels.
+
+    Args:
+        labels: File (relative to `base`) and column names.
+        base: The project folder.
+        normalize_cases: Whether `038` is `38`.
+
+    Returns:
+        Case id → domain, of the cases that have one; empty without such a column.
+
+    Raises:
+        CohortError: The file cannot be read, a domain is not usable, or a case has two.
+    """
+    if labels.file is None:
+        return {}
+    table = Table(base / labels.file, "labels.file")
+    if "domain" not in {column.casefold() for column in table.columns}:
+        return {}
+    case_at = table.column(labels.case_column, fix="name the column of case ids with --case-column NAME")
+    domain_at = table.column("domain", fix="rename one", ignore_case=True)
+    domains: dict[str, str] = {}
+    for line, cells in table.rows():
+        found, domain = cells[case_at], cells[domain_at]
+        if not found or not domain:
+            continue
+        where = f"{table.path}, line {line}"
+        check_id(domain, "domain", where)
+        case = _case_id(found, where, normalize_cases)
+        if domains.setdefault(case, domain) != domain:
+            raise CohortError(
+                f"{table.path} gives case {case} two domains, '{domains[case]}' and '{domain}'",
+                expected="one domain a case; patches' own stand in a column domain of patches.geometry",
+                where=f"labels.file, line {line}",
+                fix="remove the wrong row",
+            )
+    return domains
+
+
 def _class_codes(classes: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """Raw code → class name."""
     codes: dict[str, str] = {}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from featstore.errors import FeatstoreError, ImageError
 from featstore.extraction.views import make_views
-from featstore.images import Preprocessing, check_size, decode
+from featstore.images import Decoded, Preprocessing, check_size, decode
 from featstore.png import open_at_once, refuse
 from featstore.quality import quality
 
@@ -117,16 +117,33 @@ def load(
     """
     started = time.perf_counter()
     with _memory_for(path):
-        with _decoder_errors(path):
-            decoded = decode(raw.data, path, channel_order, max_pixels)
+        found = decoded(raw, path, channel_order, max_pixels)
         return Loaded(
-            pixels=make_views(decoded.pixels, preprocessing, views.count, views.seed, key),
-            quality=quality(decoded.pixels),
+            pixels=make_views(found.pixels, preprocessing, views.count, views.seed, key),
+            quality=quality(found.pixels),
             stat=np.array([len(raw.data), raw.mtime_ns], np.int64),
             sha256=np.frombuffer(hashlib.sha256(raw.data).digest(), np.uint8),
-            converted=decoded.converted,
+            converted=found.converted,
             seconds=time.perf_counter() - started,
         )
+
+
+def decoded(raw: Raw, path: str, channel_order: str, max_pixels: int) -> Decoded:
+    """The pixels of one patch at its own size.
+
+    Args:
+        raw: The file.
+        path: For messages.
+        channel_order: ``rgb`` or ``bgr``.
+        max_pixels: Larger images are refused.
+
+    Raises:
+        ImageError: The file is no image that can be used.
+        FeatstoreError: The decoder would end the process.
+        MemoryError: As it says.
+    """
+    with _decoder_errors(path):
+        return decode(raw.data, path, channel_order, max_pixels)
 
 
 @contextmanager

@@ -73,7 +73,8 @@ def extract(
     spec = describe(config, backbone, device, existing)
     check_writable(path, spec)
     store = Store.open(path) if existing else None
-    cost = forward_bytes(device.type, config.backbone.resize)
+    seen = backbone.preprocessing
+    cost = forward_bytes(device.type, seen.resize if seen.is_native else seen.size)
     plan = make_plan(found, store, shard, config.images, project / REPORTS, cost)
     if config.extract.prune:  # before hours of work, not after them
         check_prune(plan.vanished, found, plan.stored)

@@ -18,7 +18,7 @@ from featstore.files import replacing
 from heads.config import Config, HeadConfig, own_settings
 from heads.evaluation.runs import RunError, RunFolder
 from heads.models.head import Head, build_head
-from heads.training.loop import Progress
+from heads.training.course import Progress
 
 
 def save_state(run: RunFolder, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
@@ -72,12 +72,15 @@ def read_plain(path: Path) -> Any:
         raise ValueError(reason.splitlines()[0] if reason else "it is empty") from error
 
 
-def load_state(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+def load_state(
+    path: Path, identity: Mapping[str, Any], check: Callable[[Mapping[str, Any]], None] | None = None
+) -> dict[str, Any]:
     """Read ``last.pth``, without running any code in it.
 
     Args:
         path: The file.
         identity: Which head on which embeddings is expected.
+        check: Raises ValueError unless the parts that are used are there; by default those of a head.
 
     Raises:
         RunError: It is none, is damaged, or belongs to another head.
@@ -90,7 +93,7 @@ def load_state(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         raise unreadable(path, str(error)) from error
     _same_identity(path, state.pop("identity"), identity)
     try:
-        _check_state(state)
+        (check or _check_state)(state)
     except ValueError as error:
         raise unreadable(path, str(error)) from error
     return state
@@ -105,8 +108,13 @@ def _check_state(state: Mapping[str, Any]) -> None:
     missing = {"ema", "scheduler", "class_weights"} - set(state)
     if missing or not all(isinstance(value, torch.Tensor) for value in state["head"].values()):
         raise ValueError(f"it lacks {', '.join(sorted(missing)) or 'weights'}")
-    rows = state["progress"].get("history")
-    if set(state["progress"]) != set(vars(Progress())) or not isinstance(rows, list):
+    check_progress(state["progress"])
+
+
+def check_progress(progress: Mapping[str, Any]) -> None:
+    """Raises ValueError unless it is a training's."""
+    rows = progress.get("history")
+    if set(progress) != set(vars(Progress())) or not isinstance(rows, list):
         raise ValueError("its progress is not that of a training")
     if not all(isinstance(row, dict) and "epoch" in row for row in rows):
         raise ValueError("its history is not that of a training")

@@ -11,11 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from featstore.bags import BagBatch
-from featstore.resident import CaseBags
 from heads.config import TrainConfig
 from heads.models.head import Head
 from heads.models.outputs import HeadOutput, effective_attention
-from heads.training.data import micro_batches
+from heads.training.data import Bags, Cohort, micro_batches
 from heads.training.objective import Objective
 from heads.training.optimizer import autocast
 
@@ -40,7 +39,7 @@ class Predictions:
 @torch.no_grad()
 def predict(
     head: Head,
-    bags: CaseBags,
+    bags: Bags,
     cases: Sequence[str],
     config: TrainConfig,
     weights: torch.Tensor | None = None,
@@ -80,7 +79,7 @@ class PatchAttention:
         class_names: For columns of what a head says by class; by default, the classes' numbers.
     """
 
-    def __init__(self, bags: CaseBags, class_names: Sequence[str] = ()) -> None:
+    def __init__(self, bags: Cohort, class_names: Sequence[str] = ()) -> None:
         self._bags, self._classes = bags, class_names
         self._columns: dict[str, list[NDArray[Any]]] = {}
         self._cases: list[str] = []

@@ -14,7 +14,6 @@ import torch
 from featstore.bags import BagBatch
 from featstore.cohort.tables import write_csv
 from featstore.errors import ConfigError
-from featstore.resident import CaseBags
 from heads.config import Config, RunsConfig, TrainConfig
 from heads.evaluation.calibration import Calibration, calibrate
 from heads.evaluation.case_plots import plot_confusion, plot_deviation
@@ -24,6 +23,7 @@ from heads.evaluation.predict import PatchAttention, Predictions, predict
 from heads.evaluation.runs import RunFolder, write_json, write_text
 from heads.models.head import Head
 from heads.models.outputs import HeadOutput
+from heads.training.data import Bags
 
 ATTENTION = "attention_analysis/patch_attention.csv"
 
@@ -114,7 +114,7 @@ def check_threshold(runs: RunsConfig, val_labels: Sequence[int], class_names: Se
 def evaluate_heads(
     run: RunFolder,
     heads: Mapping[str, Head],
-    bags: CaseBags,
+    bags: Mapping[str, Bags],
     config: Config,
     cases: Mapping[str, Sequence[str]],
     class_names: Sequence[str],
@@ -127,7 +127,7 @@ def evaluate_heads(
     Args:
         run: The folder.
         heads: By ``best`` and ``last``.
-        bags: The cohort.
+        bags: The cohort, with the embeddings that each of them takes.
         config: Resolved (`heads.config.resolved`).
         cases: Case ids by ``train``, ``val`` and ``test``.
         class_names: In config order.
@@ -139,13 +139,11 @@ def evaluate_heads(
         The evaluation; the best head's attention on every patch of the cases, if the config asks
         for it and the head has attention.
     """
-    attention = (
-        PatchAttention(bags, class_names) if config.runs.analyze_attention and part == "test" else None
-    )
+    wanted = config.runs.analyze_attention and part == "test"
+    attention = PatchAttention(bags["best"], class_names) if wanted else None
+    notes = {"best": attention}
     found = {
-        name: _evaluate(
-            head, bags, config, cases, class_names, weights, part, attention if name == "best" else None
-        )
+        name: _evaluate(head, bags[name], config, cases, class_names, weights, part, notes.get(name))
         for name, head in heads.items()
     }
     evaluation = Evaluation(
@@ -163,7 +161,7 @@ def evaluate_heads(
 
 def _evaluate(
     head: Head,
-    bags: CaseBags,
+    bags: Bags,
     config: Config,
     cases: Mapping[str, Sequence[str]],
     class_names: Sequence[str],
@@ -194,7 +192,7 @@ def _evaluate(
 
 def _predict(
     head: Head,
-    bags: CaseBags,
+    bags: Bags,
     cases: Sequence[str],
     train: TrainConfig,
     weights: torch.Tensor | None,

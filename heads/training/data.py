@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from featstore.bags import Bag
+from featstore.bags import Bag, BagBatch
 from featstore.errors import ConfigError
 from featstore.resident import CaseBags
 from featstore.sampling import cap_slices, limit_slices, sample_bag, sub_cases
+from featstore.store import Store
 from heads.config import TrainConfig
 from heads.models.head import Head
 from heads.models.standardize import Standardize, usable_deviation
 from heads.training.optimizer import choose_amp
+
+
+class Cohort(Protocol):
+    """What epochs are drawn from: outlines of cases, and the store that knows their patches."""
+
+    store: Store
+    views: int
+
+    @property
+    def outlines(self) -> Mapping[str, Bag]:
+        """By case."""
+
+
+class Bags(Cohort, Protocol):
+    """Cases whose embeddings can be had: from a cache, or from a backbone at work."""
+
+    device: torch.device
+
+    def batch(self, bags: Sequence[Bag]) -> BagBatch:
+        """Bags laid end to end, with their embeddings."""
 
 
 class TrainingBags:
@@ -37,7 +59,7 @@ class TrainingBags:
     """
 
     def __init__(
-        self, bags: CaseBags, cases: Sequence[str], config: TrainConfig, class_names: Sequence[str]
+        self, bags: Cohort, cases: Sequence[str], config: TrainConfig, class_names: Sequence[str]
     ) -> None:
         self._config = config
         outlines = [bags.outlines[case] for case in cases]

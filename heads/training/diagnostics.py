@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +44,46 @@ class EpochLog:
         for level, attention in output.attention.items():
             parts = (attention.weights, attention.logits, attention.offsets)
             self._attention.setdefault(level, []).append(Attention(*(p.detach() for p in parts)))
+
+    def extend(self, other: EpochLog) -> None:
+        """Note what another log has noted."""
+        self._losses += other._losses
+        self._logits += other._logits
+        self._labels += other._labels
+        for name, values in other._penalties.items():
+            self._penalties.setdefault(name, []).extend(values)
+        for level, parts in other._attention.items():
+            self._attention.setdefault(level, []).extend(parts)
+
+    def state(self) -> dict[str, Any]:
+        """What is noted, on the CPU, of types that ``torch.load(weights_only=True)`` reads."""
+
+        def held(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+            return [each.cpu() for each in tensors]
+
+        return {
+            "losses": held(self._losses),
+            "logits": held(self._logits),
+            "labels": held(self._labels),
+            "penalties": {name: held(values) for name, values in self._penalties.items()},
+            "attention": {
+                level: [held([part.weights, part.logits, part.offsets]) for part in parts]
+                for level, parts in self._attention.items()
+            },
+        }
+
+    @staticmethod
+    def of(states: Sequence[Mapping[str, Any]]) -> EpochLog:
+        """A log of all that some have noted, out of what `state` gave."""
+        log = EpochLog()
+        for state in states:
+            attention = {
+                level: [Attention(*part) for part in parts] for level, parts in state["attention"].items()
+            }
+            lists = (list(state[name]) for name in ("losses", "logits", "labels"))
+            losses, logits, labels = lists
+            log.extend(EpochLog(losses, dict(state["penalties"]), logits, labels, attention))
+        return log
 
     def summary(self, batch_size: int) -> dict[str, float]:
         """One number a measure; undefined ones (the AUC of one class) are NaN.

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +13,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from featstore.bags import Bag
 from featstore.cohort.splits import Split
-from featstore.errors import ConfigError, FeatstoreError
+from featstore.errors import ConfigError
 from featstore.resident import CaseBags
 from heads.config import TrainConfig
 from heads.models.head import Fit, Head
+from heads.training.course import Course, Progress, seeded
 from heads.training.data import TrainingBags, chunks, fit_standardize, micro_batches, standardized_once
 from heads.training.diagnostics import EpochLog, mean_norm
 from heads.training.objective import Objective, make_class_weights
@@ -32,44 +31,7 @@ from heads.training.optimizer import (
 )
 
 
-class TrainingError(FeatstoreError):
-    """A training that failed."""
-
-    exit_code = 1
-
-
-@dataclass
-class Progress:
-    """How far a training is.
-
-    Attributes:
-        epoch: Epochs done.
-        best_epoch: The one with the lowest validation loss, from 1; 0 before the first.
-        best_val_loss: Its class-weighted, smoothed cross-entropy, without penalties.
-        reference: The validation loss that early stopping compares with.
-        waited: Epochs since the validation loss fell by `min_delta`.
-        history: One row an epoch: everything that is logged.
-    """
-
-    epoch: int = 0
-    best_epoch: int = 0
-    best_val_loss: float = math.inf
-    reference: float = math.inf
-    waited: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-
-    def to_text(self, epochs: int) -> str:
-        """The last epoch, of so many, on one line."""
-        row = self.history[-1]
-        rate = "penalty" if "penalty" in row else "lr"  # of a head that is solved, not stepped
-        return (
-            f"epoch {self.epoch:3}/{epochs}  loss {row['train_loss']:.4f}  "
-            f"val {row['val_cross_entropy']:.4f}  AUC {row['val_auc']:.3f}  {rate} {row[rate]:.2g}  "
-            f"{row['seconds']:.2f} s{'  best' if self.best_epoch == self.epoch else ''}"
-        )
-
-
-class Training:
+class Training(Course):
     """Trains a head on the training cases and watches the validation cases.
 
     Whatever an epoch draws (order, samples, dropout) depends on the seed and its number alone, so
@@ -89,7 +51,8 @@ class Training:
     def __init__(
         self, head: Head, bags: CaseBags, split: Split, config: TrainConfig, class_names: Sequence[str]
     ) -> None:
-        self.config, self.split = config, split
+        super().__init__(config)
+        self.split = split
         self.head = head.to(bags.device)
         labels = [bags.outlines[case].label or 0 for case in split.train]
         if len(set(labels)) < 2:
@@ -117,8 +80,6 @@ class Training:
             average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
             self.ema = AveragedModel(self.head, multi_avg_fn=average, use_buffers=True)
         self.scaler = make_scaler(bags.device, config)
-        self.progress = Progress()
-        self.best: dict[str, torch.Tensor] = {}
         self.good: dict[str, Any] = {}
 
     @property
@@ -126,10 +87,9 @@ class Training:
         """What is validated and kept: the moving average where there is one, else the head."""
         return self.head if self.ema is None else self.ema.module  # type: ignore[return-value]
 
-    @property
-    def finished(self) -> bool:
-        """Whether all epochs are done or early stopping has spoken."""
-        return is_finished(self.config, self.progress)
+    def kept(self) -> Mapping[str, torch.Tensor]:
+        """The weights that are validated."""
+        return self.model.state_dict()
 
     def run(
         self,
@@ -155,23 +115,18 @@ class Training:
         schedule = self.head.schedule(progress.epoch, self.config.epochs)
         row = {"epoch": progress.epoch + 1, "lr": lr, **schedule}
         # A seed of its own for every epoch, and the caller's chance left as it was.
-        with _seeded(self.bags.device, self.config.seed * 1_000_003 + progress.epoch):
+        with seeded(self.bags.device, self.config.seed * 1_000_003 + progress.epoch):
             log, norms = self.learn(self.data.epoch(progress.epoch), schedule)
         size = int(self.config.batch_size)
         row["grad_norm"] = mean_norm(norms)
         row |= {f"train_{name}": value for name, value in log.summary(size).items()}
         row |= {f"val_{name}": value for name, value in self.validate(self.split.val).summary(size).items()}
         row["seconds"] = time.perf_counter() - start
-        progress.history.append(row)
-        if not math.isfinite(row["train_loss"] + row["val_loss"]):
-            raise TrainingError(
-                f"the loss is no longer a number in epoch {progress.epoch + 1}",
-                expected="finite losses",
-                where=f"lr {lr:g}, train.amp {self.config.amp}, gradient norm {row['grad_norm']:.3g}",
-                fix="lower train.lr, clip the gradient (--grad-clip 0.5), or use standardize: train",
-            )
-        progress.epoch += 1
-        self._judge(row["val_cross_entropy"])
+        self.conclude(row)
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step(row["val_cross_entropy"])
+        elif self.scheduler is not None:
+            self.scheduler.step()
         # Should the next epoch diverge, this one can still be saved; `best` is replaced, never changed.
         state = self.state()
         best = state.pop("best")
@@ -229,21 +184,6 @@ class Training:
             log.add(output, batch, self.objective(output, batch, self.progress.epoch))
         return log
 
-    def _judge(self, val_loss: float) -> None:
-        """Keep the best epoch, lower the learning rate, count towards early stopping."""
-        progress = self.progress
-        if val_loss < progress.best_val_loss:
-            progress.best_val_loss, progress.best_epoch = val_loss, progress.epoch
-            self.best = {name: value.cpu().clone() for name, value in self.model.state_dict().items()}
-        if val_loss < progress.reference - self.config.min_delta:
-            progress.reference, progress.waited = val_loss, 0
-        else:
-            progress.waited += 1
-        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            self.scheduler.step(val_loss)
-        elif self.scheduler is not None:
-            self.scheduler.step()
-
     def state(self) -> dict[str, Any]:
         """Everything that resuming needs, of types that ``torch.load(weights_only=True)`` reads."""
         return {
@@ -269,21 +209,3 @@ class Training:
         self.progress = Progress(**state["progress"])
         self.best = dict(state["best"])
         self.good = copy.deepcopy(dict(state))  # the optimiser goes on in the tensors that it was given
-
-
-def is_finished(config: TrainConfig, progress: Progress) -> bool:
-    """Whether all epochs are done or early stopping has spoken."""
-    stopped = config.patience is not None and progress.waited >= config.patience
-    return progress.epoch >= config.epochs or (stopped and progress.epoch >= config.min_epochs)
-
-
-@contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Chance from a seed, on this device alone; afterwards it is as it was."""
-    on_gpu = device.type == "cuda"
-    with torch.random.fork_rng([device] if on_gpu else []):
-        if on_gpu:
-            torch.manual_seed(seed)
-        else:
-            torch.default_generator.manual_seed(seed)
-        yield

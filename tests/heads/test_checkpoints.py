@@ -14,7 +14,7 @@ from heads.config import Config, HeadConfig, HierarchicalConfig, TrainConfig
 from heads.evaluation.checkpoints import identity_of, load_best, load_best_of, load_state, save_state
 from heads.evaluation.runs import RunError, RunFolder, create_run
 from heads.models.head import build_head
-from heads.training.loop import Progress
+from heads.training.course import Progress
 
 CONFIG = Config(head=HeadConfig(embed_dim=4, attention_hidden=3), train=TrainConfig(epochs=2))
 ABOUT = {"dim": 5, "class_names": ["a", "b"], "labels": {}, "store": {"fingerprint": "abc"}}

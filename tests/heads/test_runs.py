@@ -35,7 +35,7 @@ from heads.evaluation.runs import (
     write_text,
 )
 from heads.models.head import build_head
-from heads.training.loop import Progress
+from heads.training.course import Progress
 
 NOW = datetime(2026, 3, 4, 5, 6, 7)
 NAME = "run_20260304_050607"

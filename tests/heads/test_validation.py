@@ -13,7 +13,8 @@ import torch
 from featstore.resident import CaseBags
 from heads.evaluation.predict import predict
 from heads.models.dual_stream import temperature_at
-from heads.training.loop import Training, TrainingError
+from heads.training.course import TrainingError
+from heads.training.loop import Training
 from tests.heads.planted import (
     HEADS,
     LABELS,

@@ -1,0 +1,270 @@
+"""`featstore finetune`: from a run and its backbone to a fine-tuned backbone, in a run folder of its own.
+
+The folder is a run's: results, curves and checkpoints have the same names. Its head belongs to the
+embeddings of its own backbone, which is exported beside it: once they are cached, `evaluate`,
+`attention`, `probe` and `report` take the folder like any run's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from featstore.backbones.exported import export_again
+from featstore.backbones.weights import state_sha256
+from featstore.process import stop_on_signal
+from heads.config import Config
+from heads.evaluation.checkpoints import identity_of, load_state, save_state
+from heads.evaluation.results import Evaluation, evaluate_heads, write_results
+from heads.evaluation.runs import (
+    RunFolder,
+    find_run,
+    held,
+    history_frame,
+    new_folder,
+    read_about,
+    write_json,
+)
+from heads.finetune_start import Start, open_resumed, open_start
+from heads.finetune_states import Saver, check_state
+from heads.run import begin
+from heads.training.blocks import describe
+from heads.training.course import Progress
+from heads.training.finetune import FineTuning
+from heads.training.ranks import Ranks, joined
+
+BACKBONE = "backbone"  # folder of the export, in the run's
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What a fine-tuning did.
+
+    Attributes:
+        run: The folder.
+        evaluation: Of the fine-tuned model on the test cases; None if it was interrupted.
+        interrupted: The signal that ended it early; None if it was not.
+        epochs: Epochs done.
+        export: The exported backbone, relative to the project; empty if it was interrupted.
+        store: Where its embeddings are to be cached.
+        fingerprint: Of these embeddings.
+    """
+
+    run: RunFolder
+    evaluation: Evaluation | None
+    interrupted: int | None
+    epochs: int
+    export: str = ""
+    store: str = ""
+    fingerprint: str = ""
+
+    def to_text(self) -> str:
+        """The results and what to do next, or how to go on."""
+        if self.evaluation is None:
+            return (
+                f"interrupted after {self.epochs} epochs\n"
+                f"to go on: featstore finetune --resume {self.run.path}"
+            )
+        return (
+            f"{self.evaluation.to_text()}\n"
+            f"  the backbone is in {self.export} (fingerprint {self.fingerprint[:12]})\n"
+            f"to cache with it: featstore extract --backbone {self.export} --store {self.store}\n"
+            f"then: featstore train-head --store {self.store}, or featstore evaluate {self.run.path}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON types."""
+        if self.evaluation is None:
+            return {"run": str(self.run.path), "epochs": self.epochs, "interrupted": self.interrupted}
+        own = {"backbone": self.export, "store": self.store, "fingerprint": self.fingerprint}
+        return {**self.evaluation.to_json(), **own, "interrupted": None}
+
+
+def finetune_project(
+    config: Config,
+    project: Path,
+    wanted: Path | None = None,
+    resume: Path | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+    observe: Callable[[Progress, int], None] = lambda progress, epochs: None,
+    watch: Callable[[int, int], None] = lambda step, steps: None,
+) -> FineTuned | None:
+    """Fine-tune a run's backbone and head end to end, evaluate them, and export the backbone.
+
+    Under ``torchrun`` all processes call this; the first alone writes and tells.
+
+    Args:
+        config: The project's settings; head, loss and split are the run's.
+        project: The folder that relative paths start from.
+        wanted: The run to start from; the newest finished one by default.
+        resume: A fine-tuning to go on with, by its own settings.
+        tell: Called with remarks.
+        observe: Called after every epoch with the progress and the number of epochs.
+        watch: Called after every step with its number and the number of steps in an epoch.
+
+    Returns:
+        What was done; None in all processes but the first.
+
+    Raises:
+        FeatstoreError: Whatever stands in the way; TrainingError if the training itself fails.
+    """
+    with ExitStack() as holding:
+        ranks, device = holding.enter_context(joined(config.finetune.device))
+        config = config.model_copy(
+            update={"finetune": config.finetune.model_copy(update={"device": device})}
+        )
+        if not ranks.first:
+            tell, observe, watch = _quiet, _quiet, _quiet
+        if resume is not None:
+            run = find_run(project / config.runs.path, resume, finished=False)
+            if ranks.first:
+                holding.enter_context(held(run.path))
+            start = open_resumed(config, project, run, ranks, tell)
+            training = start.training
+            training.load_state(load_state(_state_path(run), start.identity, check_state))
+            tell(f"going on with {run.path} after {training.steps_done} steps")
+        else:
+            start = open_start(config, project, wanted, ranks, tell)
+            training = start.training
+            run = RunFolder(ranks.from_first(_new_run(start, project, config) if ranks.first else Path()))
+            if ranks.first:
+                holding.enter_context(held(run.path))
+                tell(_announcement(run, start, ranks))
+        holding.enter_context(start.pixels)
+        received = holding.enter_context(stop_on_signal())
+        saver = Saver(run, _state_path(run), start.identity, start.settings, ranks, observe, watch)
+        saver.save(training)  # so that one that is killed at once can be resumed too
+        training.run(saver.after_epoch, received, saver.after_step)
+        saver.save(training)
+        _tell_changed(start, tell)
+        if not ranks.first:
+            return None
+        if not training.finished:
+            signal = received[0] if received else 15  # another process was told to stop
+            return FineTuned(run, None, signal, training.progress.epoch)
+        return _finish(run, start, project, tell)
+
+
+def _quiet(*said: object) -> None:
+    """What processes other than the first have to say."""
+
+
+def _state_path(run: RunFolder) -> Path:
+    return run.path / "checkpoints" / "finetune.pth"
+
+
+def _new_run(start: Start, project: Path, config: Config) -> Path:
+    """A new folder with everything that says what is trained on what."""
+    run = RunFolder(new_folder(project / start.config.runs.path, "finetune", config.runs.suffix))
+    (run.path / "checkpoints").mkdir()
+    export = _relative(run.path / BACKBONE, project)
+    backbone = start.config.backbone.model_copy(update={"name": export})
+    store = start.config.store.model_copy(update={"path": f"{start.config.store.path}_{run.path.name}"})
+    own = start.config.model_copy(update={"backbone": backbone, "store": store})
+    about = start.about | {"store": {**start.about["store"], "path": store.path, "digest": ""}}
+    begin(run, own, about, start.split)
+    return run.path
+
+
+def _relative(path: Path, project: Path) -> str:
+    try:
+        return str(path.absolute().relative_to(project.absolute()))
+    except ValueError:
+        return str(path.absolute())
+
+
+def _announcement(run: RunFolder, start: Start, ranks: Ranks) -> str:
+    training, settings = start.training, start.settings
+    learns = describe(start.backbone.network, training.names) if training.names else "nothing of it"
+    head = "its head does not learn" if settings.freeze_head else f"head {start.config.head.name}"
+    each = (
+        "all patches"
+        if settings.patches_per_case is None
+        else f"{settings.patches_per_case} {settings.sampling} patches"
+    )
+    together = f", {ranks.count} processes" if ranks.count > 1 else ""
+    return (
+        f"{run.path}: from {start.source}; of {start.backbone.name} learns {learns}; {head}; "
+        f"{each} a case and epoch, {training.live.chunk} at once; {training.bags.device}, "
+        f"{training.config.amp if training.config.amp != 'off' else 'float32'}{together}"
+    )
+
+
+def _tell_changed(start: Start, tell: Callable[[str], None]) -> None:
+    if changed := sorted(start.pixels.changed):
+        some = ", ".join(changed[:5]) + (", …" if len(changed) > 5 else "")
+        tell(f"warning: {len(changed)} patches are no longer the files that were embedded: {some}")
+
+
+def _finish(run: RunFolder, start: Start, project: Path, tell: Callable[[str], None]) -> FineTuned:
+    """Evaluate the best and the last epoch from pixels, export the best one's backbone, write results."""
+    training = start.training
+    last = training.kept_model
+    best = copy.deepcopy(last)
+    best.load_state_dict(training.best)
+    models = {"best": best, "last": last}
+    cases = {"train": start.split.train, "val": start.split.val, "test": start.split.test}
+    own = start.config.model_copy(update={"train": training.config})
+    tell(f"evaluating on {len(start.split.test)} test cases, with all their patches")
+    done, attention = evaluate_heads(
+        run,
+        {name: model.head for name, model in models.items()},
+        {name: training.bags.by(model.backbone) for name, model in models.items()},
+        own,
+        cases,
+        start.about["class_names"],
+        vars(training.progress),
+        training.class_weights,
+    )
+    training.model.load_state_dict(training.best)
+    export, fingerprint = _export(run, start, project)
+    about = read_about(run)
+    about["store"]["fingerprint"] = fingerprint
+    write_json(run.about, about)
+    _save_head(run, training, own, about)
+    write_results(done, own, history_frame(training.progress.history), attention)
+    return FineTuned(
+        run,
+        done,
+        None,
+        training.progress.epoch,
+        _relative(export.parent, project),
+        about["store"]["path"],
+        fingerprint,
+    )
+
+
+def _export(run: RunFolder, start: Start, project: Path) -> tuple[Path, str]:
+    """Write the backbone; its description's path, and the fingerprint of embeddings made with it."""
+    made_by = {
+        "run": run.path.name,
+        "from": start.source,
+        "best_epoch": start.training.progress.best_epoch,
+        "unfreeze": start.settings.unfreeze,
+        "learned": describe(start.backbone.network, start.training.names) if start.training.names else "",
+        "versions": start.about["versions"],
+    }
+    path = export_again(run.path / BACKBONE, start.backbone, start.backbone_config, project, made_by)
+    old = start.spec
+    tuned = replace(start.backbone, weights_sha256=state_sha256(start.backbone.network))
+    spec = tuned.spec(old.channel_order, old.compute_dtype, old.stored_dtype, old.runtime)
+    return path, spec.fingerprint
+
+
+def _save_head(run: RunFolder, training: FineTuning, config: Config, about: dict[str, Any]) -> None:
+    """The best epoch's head, as a run has it: both of its epochs are the best, as the cache is of that."""
+    prefix = "head."
+    head = {
+        name.removeprefix(prefix): value for name, value in training.best.items() if name.startswith(prefix)
+    }
+    nothing: dict[str, Any] = {"ema": None, "scheduler": None, "optimizer": {}, "scaler": {}}
+    weights = training.class_weights
+    nothing["class_weights"] = None if weights is None else weights.cpu()
+    progress = copy.deepcopy(vars(training.progress))
+    save_state(
+        run, {"head": head, "best": head, "progress": progress, **nothing}, identity_of(config, about)
+    )
