@@ -35,7 +35,8 @@ bench: setup
 	$(BIN)/python -m tests.bench.bench_import
 	$(BIN)/featstore bench train
 
-# On a machine with a GPU; the results stay in $(GPU_RESULTS)/gpu.json.
+# On a machine with a GPU; the results stay in $(GPU_RESULTS)/.
 GPU_RESULTS ?= build/bench-gpu
 bench-gpu: setup
 	$(BIN)/python tests/bench/bench_gpu.py --out $(GPU_RESULTS)
+	$(BIN)/python -m tests.bench.bench_finetune --step --memory --device cuda --out $(GPU_RESULTS)/finetune.json

@@ -87,6 +87,6 @@ def usable_deviation(std: torch.Tensor) -> torch.Tensor:
         (D,), none of them 0.
     """
     varies = std > _LEAST_DEVIATION
-    if varies.any():
-        std = std.clamp_min(_LEAST_SHARE * float(std[varies].median()))
-    return torch.where(varies, std, 1.0)
+    # No number is asked of a GPU. Where none varies the median is NaN, and taken nowhere.
+    median = torch.where(varies, std, torch.nan).nanmedian()
+    return torch.where(varies, torch.maximum(std, _LEAST_SHARE * median), 1.0)

@@ -17,7 +17,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from featstore.backbones import Backbone
 from featstore.bags import Bag
 from featstore.cohort.splits import Split
-from featstore.errors import FeatstoreError
 from featstore.extraction.forward import is_out_of_memory
 from heads.config import TrainConfig
 from heads.models.head import Head
@@ -27,7 +26,7 @@ from heads.training.data import chunks, micro_batches
 from heads.training.diagnostics import EpochLog, mean_norm
 from heads.training.finetune_config import FinetuneConfig
 from heads.training.finetune_data import DrawnBags, augmentation_of
-from heads.training.finetune_model import Model, make_optimizer, rate_course
+from heads.training.finetune_model import Following, Model, follows, make_optimizer, no_memory, rate_course
 from heads.training.live import LiveBackbone, Sight, TwoPass, sight_of
 from heads.training.live_bags import LiveBags, batch_of
 from heads.training.objective import Objective, make_class_weights
@@ -80,6 +79,7 @@ class FineTuning(Course):
         self.live: LiveBackbone = bags.live
         self._network = backbone.network
         self.names = unfreeze(backbone.network, settings.unfreeze, settings.batch_norm)
+        self._following = Following(head.standardize) if self.names and follows(settings) else None
         self.model = Model(self.live.module, head.to(bags.device, self.live.dtype))
         head.requires_grad_(not settings.freeze_head)
         self.data = DrawnBags(bags, split.train, train, settings, class_names, attention)
@@ -162,7 +162,7 @@ class FineTuning(Course):
                 if not is_out_of_memory(error):
                     raise
                 if self.live.chunk == 1:
-                    raise _no_memory(self.bags.device) from error
+                    raise no_memory(self.bags.device) from error
             else:
                 break
             # Outside the handler, so that the failed step's tensors are free again.
@@ -219,6 +219,8 @@ class FineTuning(Course):
             seed = self._seed(number)
             passes = TwoPass(self.live, sight, pixels, seed) if self.names else None
             features = self.live.embed(sight, pixels) if passes is None else passes.features
+            if self._following is not None:
+                self._following.add(features)
             batch = batch_of(bags, features)
             with seeded(device, seed), autocast(device, self.config.amp):
                 output = head(batch, **schedule)
@@ -241,7 +243,8 @@ class FineTuning(Course):
         for parameter in self._own:
             if parameter.grad is None:  # no case here had a use for it; others may have
                 parameter.grad = torch.zeros_like(parameter)
-        self.ranks.sum([*(p.grad for p in self._own if p.grad is not None), loss])
+        moments = [] if self._following is None else [self._following.sums()]
+        self.ranks.sum([*(p.grad for p in self._own if p.grad is not None), loss, *moments])
         rate = float(self.optimizer.param_groups[0]["lr"])
         self._steps_taken.append((self.progress.epoch, self.step, loss, rate))
         self.scaler.unscale_(self.optimizer)
@@ -249,6 +252,8 @@ class FineTuning(Course):
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
+        if self._following is not None:
+            self._following.update(moments[0], self.steps_done)
         if self.ema is not None:
             self.ema.update_parameters(self.model)
 
@@ -303,12 +308,3 @@ class FineTuning(Course):
         self._log = EpochLog.of([state["log"]] if self.ranks.first else [])
         self._norms = list(state["norms"])
         self.live.chunk = min(self.live.chunk, int(state["chunk"]))
-
-
-def _no_memory(device: torch.device) -> FeatstoreError:
-    return FeatstoreError(
-        f"{device} has too little memory for the gradient of one patch",
-        expected="memory for a forward and a backward pass of one patch",
-        where="finetune.chunk, finetune.unfreeze, backbone.resize",
-        fix="unfreeze less (--unfreeze last:1), use smaller patches, another --device, or free the memory",
-    )

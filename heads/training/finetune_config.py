@@ -22,6 +22,11 @@ class FinetuneConfig(Section):
         description="in what learns: frozen | affine: factors and shifts learn, statistics do not | train: "
         "statistics of each chunk of patches",
     )
+    standardize: Literal["auto", "fixed", "follow"] = Field(
+        "auto",
+        description="the head's mean and deviation of features: fixed, the run's | follow: moving averages "
+        "of the features of now | auto: follow with batch_norm train, else fixed",
+    )
     freeze_head: bool = Field(False, description="train the backbone alone, under the run's head as it is")
     epochs: int = Field(10, ge=1, le=100_000, description="passes over the training cases")
     patches_per_case: int | None = Field(

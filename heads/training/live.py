@@ -96,8 +96,10 @@ class LiveBackbone:
         for each in range(int(number.max()) + 1):
             members = np.flatnonzero(number.ravel() == each)
             height, width = sizes[members[0]].tolist()
-            step = budgeted_patches(self.chunk, usual, height, width)
-            found += [members[i : i + step] for i in range(0, len(members), step)]
+            count = -(-len(members) // budgeted_patches(self.chunk, usual, height, width))
+            # Strides, so that each is of all the cases: BatchNorm in training would otherwise take out
+            # what tells one case from another.
+            found += [members[i::count] for i in range(count)]
         return found
 
     def upload(self, pixels: NDArray[np.uint8]) -> torch.Tensor:

@@ -98,7 +98,7 @@ def make_finetuning(
     defaults = {"device": "cpu", "amp": "off", "unfreeze": "all", "chunk": 3, "epochs": 2, "warmup": 0}
     settings = FinetuneConfig(**{**defaults, "backbone_lr": 1e-3, **finetune})
     train = training_config(config.train.model_copy(update=run or {}), settings)
-    live = LiveBackbone(backbone, torch.device("cpu"), settings.amp, int(settings.chunk))
+    live = LiveBackbone(backbone, torch.device(settings.device), settings.amp, int(settings.chunk))
     bags = LiveBags(cached.store, labels, live, pixels_of(cached, backbone))
     return FineTuning(made, backbone, bags, split, train, settings, NAMES, ranks, attention)
 

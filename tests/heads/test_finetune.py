@@ -18,10 +18,11 @@ from featstore.bags import Bag
 from featstore.errors import ConfigError, FeatstoreError
 from featstore.resident import CaseBags
 from heads.config import FinetuneConfig
+from heads.models.standardize import Standardize
 from heads.training.course import TrainingError
 from heads.training.finetune import FineTuning
 from heads.training.finetune_data import attention_of, draw
-from heads.training.finetune_model import rate_course
+from heads.training.finetune_model import Following, rate_course
 from tests.heads.finetuned import LABELS, SPLIT, Cached, make_cached, make_finetuning, make_head, numbers
 
 
@@ -265,3 +266,44 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def test_the_heads_standardisation_follows_the_features(cached: Cached) -> None:
+    """Moving averages of mean and variance, against NumPy, and all of it new at the first step."""
+    rng = np.random.default_rng(0)
+    standardize = Standardize(3)
+    following = Following(standardize)
+    mean, variance = np.zeros(3), np.ones(3)
+    for step in range(25):
+        parts = [rng.normal(step, 1 + step, size=(n, 3)) for n in (4, 7)]
+        for part in parts:
+            following.add(torch.tensor(part, dtype=torch.float32))
+        following.update(following.sums(), step)
+        x, momentum = np.concatenate(parts).astype(np.float32), max(0.1, 1 / (step + 1))
+        mean += momentum * (x.mean(0) - mean)
+        variance += momentum * (x.var(0) - variance)
+        np.testing.assert_allclose(standardize.mean.numpy(), mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(standardize.std.numpy(), np.sqrt(variance), rtol=1e-4)
+    assert not following.sums().any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "moves"),
+    [({}, False), ({"batch_norm": "train"}, True), ({"batch_norm": "train", "standardize": "fixed"}, False),
+     ({"standardize": "follow"}, True), ({"standardize": "follow", "unfreeze": "none"}, False)],
+)  # fmt: skip
+def test_it_follows_where_batch_norm_learns_or_when_asked(
+    cached: Cached, settings: dict[str, Any], moves: bool
+) -> None:
+    training = make_finetuning(cached, epochs=1, **settings)
+    before = training.model.head.standardize.mean.clone()
+    training.run()
+    assert torch.equal(before, training.model.head.standardize.mean) is not moves
+
+
+def test_chunks_are_of_all_cases(cached: Cached) -> None:
+    training = make_finetuning(cached, batch_size=3, chunk=6)
+    ((bags, sight),) = training._plan(training.data.epoch(0)[:3])
+    of_case = np.repeat(np.arange(3), [len(bag) for bag in bags])
+    assert len(sight.pieces) == 4
+    assert all(set(of_case[piece]) == {0, 1, 2} for piece in sight.pieces)
