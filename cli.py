@@ -303,21 +303,12 @@ def attention(
 ) -> None:
     """Show what a run attended to: tables, galleries and overlays, in attention_analysis/ of the run."""
     from featstore.progress import CaseBar
-    from heads.inspect.attention_files import attention_project
+    from heads.inspect.attention_files import AttentionOptions, attention_project
+    from heads.inspect.opened import Wanted
 
+    wanted, options = Wanted(run, part, tuple(case)), AttentionOptions(top_n, top_percent, overlays)
     with CaseBar() as bar:
-        done = attention_project(
-            call.config,
-            call.project,
-            run,
-            part,
-            tuple(case),
-            top_n,
-            top_percent,
-            overlays,
-            call.tell,
-            bar.update,
-        )
+        done = attention_project(call.config, call.project, wanted, options, call.tell, bar.update)
     call.answer(done)
 
 
@@ -335,13 +326,13 @@ def probe(
 ) -> None:
     """Ask a run what every single patch says, and what its absence changes, into probing/ of the run."""
     from featstore.progress import CaseBar
-    from heads.inspect.probe_files import probe_project
+    from heads.inspect.opened import Wanted
+    from heads.inspect.probe_files import ProbeOptions, probe_project
 
+    wanted = Wanted(run, part, tuple(case))
+    options = ProbeOptions(mode, top_n, table_format, leave_out, curves)
     with CaseBar() as bar:
-        done = probe_project(
-            call.config, call.project, run, part, tuple(case), mode, top_n, table_format, leave_out, curves,
-            call.tell, bar.update,
-        )  # fmt: skip
+        done = probe_project(call.config, call.project, wanted, options, call.tell, bar.update)
     call.answer(done)
 
 

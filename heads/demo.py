@@ -18,7 +18,7 @@ from featstore.strict_yaml import read_file
 from heads.config import Config
 from heads.evaluation.planted import PlantedRank, planted_rank
 from heads.evaluation.results import ATTENTION
-from heads.inspect.opened import open_run
+from heads.inspect.opened import Wanted, open_run
 from heads.inspect.probe_tables import read_probes
 from heads.inspect.report.making import report_project
 from heads.project import train_project
@@ -56,7 +56,7 @@ def demo_training(
 
 def demo_probing(config: Config, project: Path, run: Path) -> PlantedRank:
     """Whether what each patch says alone finds what was planted; arguments as `demo_training`."""
-    opened = open_run(config, project, run)
+    opened = open_run(config, project, Wanted(run))
     called = opened.class_names[-1]
     patches, by = read_probes(opened, leave_out=False).patches, "what each patch says alone"
     return planted_rank(patches, project / _PLANTED, f"alone_{called}", by)

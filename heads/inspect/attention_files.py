@@ -24,7 +24,7 @@ from heads.inspect.attention_plots import stain_figure
 from heads.inspect.attention_text import summary_text, top_text
 from heads.inspect.case_files import FOLDERS, CaseJob, draw_case, slice_names
 from heads.inspect.drawing import draw_all
-from heads.inspect.opened import Opened, open_run
+from heads.inspect.opened import NEWEST, Opened, Wanted, open_run
 from heads.inspect.pictures import PatchImages, images_of, with_digests
 from heads.inspect.tables import AttentionTables, slice_equality, top_patches
 
@@ -37,6 +37,24 @@ _OWN = (
     *(f"{name}/*case_*.*g" for name in FOLDERS),
 )
 Update = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """How much of the attention is listed and drawn.
+
+    Attributes:
+        top_n: Patches a gallery.
+        top_percent: Of a case's patches, listed as its most attended ones.
+        overlays: Slices a case that get an overlay.
+    """
+
+    top_n: int = 5
+    top_percent: float = 5.0
+    overlays: int = 6
+
+
+_USUAL = AttentionOptions()
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,12 +105,8 @@ class AttentionReport:
 def attention_project(
     config: Config,
     project: Path,
-    wanted: Path | None = None,
-    part: str = "test",
-    only: tuple[str, ...] = (),
-    top_n: int = 5,
-    top_percent: float = 5.0,
-    overlays: int = 6,
+    wanted: Wanted = NEWEST,
+    options: AttentionOptions = _USUAL,
     tell: Callable[[str], None] = lambda text: None,
     update: Update = lambda done, total: None,
 ) -> AttentionReport:
@@ -101,19 +115,15 @@ def attention_project(
     Args:
         config: The project's settings; of the run its own are used.
         project: The folder that relative paths start from.
-        wanted: The run; the newest finished one by default.
-        part: Which cases: ``test``, ``val``, ``train`` or ``all``.
-        only: Case ids; these alone, if there are any.
-        top_n: Patches a gallery.
-        top_percent: Of a case's patches, listed as its most attended ones.
-        overlays: Slices a case that get an overlay.
+        wanted: Which run, and which of its cases.
+        options: How much is listed and drawn.
         tell: Called with remarks.
         update: Called with the number of cases drawn, and of all.
 
     Raises:
         FeatstoreError: Run, checkpoint or store cannot be used; there are no such cases.
     """
-    opened = open_run(config, project, wanted, part, only, tell)
+    opened = open_run(config, project, wanted, tell)
     tables = read_attention(opened)
     if tables is None:
         note = f"the head {opened.config.head.name} has no attention: there is nothing to show of it"
@@ -128,9 +138,9 @@ def attention_project(
     with held(folder, "writing this analysis"):
         remove_old(folder, _OWN)
         write_notes(folder, opened, [UNFINISHED])
-        write_tables(tables, folder, top_percent)
+        write_tables(tables, folder, options.top_percent)
         save(stain_figure(tables.stains, tables.cases), folder / "stain_attention_distribution.png")
-        jobs = case_jobs(opened, tables, folder, images, slides, top_n, overlays)
+        jobs = case_jobs(opened, tables, folder, images, slides, options)
         selected = []
         for drawn in draw_all(draw_case, jobs, len(tables.cases), update):
             selected.append(drawn.selected)
@@ -205,8 +215,7 @@ def case_jobs(
     folder: Path,
     images: PatchImages | None,
     slides: SlideImages | None,
-    top_n: int,
-    overlays: int,
+    options: AttentionOptions = _USUAL,
 ) -> Iterator[CaseJob]:
     """What is to be drawn, case by case."""
     named = AttentionTables(
@@ -222,4 +231,4 @@ def case_jobs(
         geometry = opened.table.loc[each.patches.index, place] if place else None
         name = f"case_{component(case)}"
         shown = None if images is None else with_digests(images, opened.bags.store, [case])
-        yield CaseJob(each, name, folder, geometry, shown, slides, top_n, overlays)
+        yield CaseJob(each, name, folder, geometry, shown, slides, options.top_n, options.overlays)

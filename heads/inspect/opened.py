@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,24 @@ from heads.project import on_this_machine, own_config, plugin_of
 from heads.training.data import micro_batches
 
 PARTS = ("test", "val", "train", "all")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which run is looked into, and which of its cases.
+
+    Attributes:
+        run: Its path or name; the newest finished one by default.
+        part: ``test``, ``val``, ``train``, or ``all`` three.
+        cases: Case ids; these alone, if there are any.
+    """
+
+    run: Path | None = None
+    part: str = "test"
+    cases: tuple[str, ...] = ()
+
+
+NEWEST = Wanted()
 
 
 @dataclass(frozen=True)
@@ -110,9 +128,7 @@ class Opened:
 def open_run(
     config: Config,
     project: Path,
-    wanted: Path | None = None,
-    part: str = "test",
-    only: Sequence[str] = (),
+    wanted: Wanted = NEWEST,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Opened:
     """Open a run to look into it.
@@ -120,17 +136,15 @@ def open_run(
     Args:
         config: The project's settings; of the run its own are used.
         project: The folder that relative paths start from.
-        wanted: The run; the newest finished one by default.
-        part: Which cases: ``test``, ``val``, ``train``, or ``all`` three.
-        only: Case ids; these alone, if there are any.
+        wanted: Which run, and which of its cases.
         tell: Called with remarks.
 
     Raises:
         FeatstoreError: Run, checkpoint or store cannot be used; there are no such cases.
     """
-    if part not in PARTS:
-        raise ConfigError(f"--part is {part!r}", expected=" | ".join(PARTS), fix="--part test")
-    run = find_run(project / config.runs.path, wanted)
+    if wanted.part not in PARTS:
+        raise ConfigError(f"--part is {wanted.part!r}", expected=" | ".join(PARTS), fix="--part test")
+    run = find_run(project / config.runs.path, wanted.run)
     mine, about = on_this_machine(own_config(config, run, tell), config), read_about(run)
     # Where pictures are is a matter of the place, too.
     mine = mine.model_copy(update={"patches": config.patches, "images": config.images})
@@ -143,7 +157,7 @@ def open_run(
         tell(text)
 
     store = Store.open(project / mine.store.path)
-    cases = _there(store, _chosen(run, about, part, only, config.patches.normalize_cases), remark)
+    cases = _there(store, _chosen(run, about, wanted, config.patches.normalize_cases), remark)
     labels = {case: about["labels"][case] for case in cases}
     bags = load_bags(mine, store, labels, tell, about["store"]["fingerprint"])
     if set(store.cases()) >= set(about["labels"]):
@@ -152,7 +166,7 @@ def open_run(
     head = load_best_of(run, mine, about, state, remark).to(bags.device).float().eval()
     threshold, temperature = _of_results(run)
     return Opened(
-        run, mine, project, about, head, bags, cases, part, threshold, temperature, tuple(remarks)
+        run, mine, project, about, head, bags, cases, wanted.part, threshold, temperature, tuple(remarks)
     )
 
 
@@ -173,9 +187,8 @@ def _there(store: Store, cases: tuple[str, ...], remark: Callable[[str], None]) 
     return tuple(case for case in cases if case in known)
 
 
-def _chosen(
-    run: RunFolder, about: dict[str, Any], part: str, only: Sequence[str], normalize: bool
-) -> tuple[str, ...]:
+def _chosen(run: RunFolder, about: dict[str, Any], wanted: Wanted, normalize: bool) -> tuple[str, ...]:
+    part, only = wanted.part, wanted.cases
     parts = {n.removesuffix("_cases"): list(c) for n, c in read_own_split(run, about).parts().items()}
     there = natural_sorted(c for name, cases in parts.items() if part in (name, "all") for c in cases)
     if not there:
@@ -185,8 +198,8 @@ def _chosen(
             where=str(run.path),
             fix=f"choose another part: --part {next((n for n, c in parts.items() if c), 'all')}",
         )
-    wanted = [normalize_case(case) if normalize and case not in there else case for case in only]
-    if missing := [case for case in wanted if case not in there]:
+    named = [normalize_case(case) if normalize and case not in there else case for case in only]
+    if missing := [case for case in named if case not in there]:
         other = next((name for name, cases in parts.items() if missing[0] in cases), None)
         near = nearest_name(missing[0], there)
         raise RunError(
@@ -195,7 +208,7 @@ def _chosen(
             where=f"--case, {run.path}",
             fix=f"--part {other}" if other else f"--case {near}" if near else "choose another case",
         )
-    return tuple(natural_sorted(set(wanted))) if only else tuple(there)
+    return tuple(natural_sorted(set(named))) if only else tuple(there)
 
 
 def _of_results(run: RunFolder) -> tuple[float | None, float]:

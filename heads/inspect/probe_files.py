@@ -20,7 +20,7 @@ from heads.evaluation.studies import counted
 from heads.inspect.attention_files import UNFINISHED, patch_images, remove_old, write_notes
 from heads.inspect.case_files import patch_title
 from heads.inspect.curve_tables import area_summary, curve_areas, effect_agreement, read_curves
-from heads.inspect.opened import Opened, open_run
+from heads.inspect.opened import NEWEST, Opened, Wanted, open_run
 from heads.inspect.pictures import GalleryTile, gallery, with_digests
 from heads.inspect.probe_plots import alone_figure, curves_figure, effect_figure
 from heads.inspect.probe_tables import MODES, ProbeTables, attended_but_neutral, most_for, read_probes
@@ -30,6 +30,28 @@ FOLDER = "probing"
 _OWN = ("*.csv", "*.parquet", "*.png", "notes.txt", "galleries/*.png")
 FORMATS = ("csv", "parquet")
 Update = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """What is computed and shown of the patches.
+
+    Attributes:
+        mode: What galleries and plots are of: ``alone`` or ``in_place``; the tables have both.
+        top_n: Patches a gallery.
+        table_format: ``csv`` or ``parquet``.
+        leave_out: Whether the effects of leaving patches, slices and stains out are wanted.
+        curves: Whether deletion and insertion curves are wanted.
+    """
+
+    mode: str = "alone"
+    top_n: int = 10
+    table_format: str = "csv"
+    leave_out: bool = True
+    curves: bool = True
+
+
+_USUAL = ProbeOptions()
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,14 +113,8 @@ class ProbeReport:
 def probe_project(
     config: Config,
     project: Path,
-    wanted: Path | None = None,
-    part: str = "test",
-    only: tuple[str, ...] = (),
-    mode: str = "alone",
-    top_n: int = 10,
-    table_format: str = "csv",
-    leave_out: bool = True,
-    curves: bool = True,
+    wanted: Wanted = NEWEST,
+    options: ProbeOptions = _USUAL,
     tell: Callable[[str], None] = lambda text: None,
     update: Update = lambda done, total: None,
 ) -> ProbeReport:
@@ -107,50 +123,37 @@ def probe_project(
     Args:
         config: The project's settings; of the run its own are used.
         project: The folder that relative paths start from.
-        wanted: The run; the newest finished one by default.
-        part: Which cases: ``test``, ``val``, ``train`` or ``all``.
-        only: Case ids; these alone, if there are any.
-        mode: What galleries and plots are of: ``alone`` or ``in_place``; the tables have both.
-        top_n: Patches a gallery.
-        table_format: ``csv`` or ``parquet``.
-        leave_out: Whether the effects of leaving patches, slices and stains out are wanted.
-        curves: Whether deletion and insertion curves are wanted.
+        wanted: Which run, and which of its cases.
+        options: What is computed and shown.
         tell: Called with remarks.
         update: Called with the number of cases done, and of all.
 
     Raises:
         FeatstoreError: Run, checkpoint or store cannot be used; there are no such cases.
     """
-    _one_of("--mode", mode, MODES)
-    _one_of("--tables", table_format, FORMATS)
-    if table_format == "parquet":
+    _one_of("--mode", options.mode, MODES)
+    _one_of("--tables", options.table_format, FORMATS)
+    if options.table_format == "parquet":
         _require_parquet()
-    opened = open_run(config, project, wanted, part, only, tell)
-    tables = read_probes(opened, leave_out, update)
+    opened = open_run(config, project, wanted, tell)
+    tables = read_probes(opened, options.leave_out, update)
     folder = opened.run.path / FOLDER
     folder.mkdir(exist_ok=True)
     with held(folder, "writing this probing"):
         remove_old(folder, _OWN)
-        return _write_all(opened, tables, folder, mode, top_n, table_format, curves, update)
+        return _write_all(opened, tables, folder, options, update)
 
 
 def _write_all(
-    opened: Opened,
-    tables: ProbeTables,
-    folder: Path,
-    mode: str,
-    top_n: int,
-    table_format: str,
-    curves: bool,
-    update: Update,
+    opened: Opened, tables: ProbeTables, folder: Path, options: ProbeOptions, update: Update
 ) -> ProbeReport:
     notes = [*opened.remarks, *([tables.reason] if tables.reason else [])]
     write_notes(folder, opened, [UNFINISHED])
     for name in ("patches", "slices", "stains", "cases"):
-        _write(folder / f"{name}.{table_format}", getattr(tables, name), table_format)
+        _write(folder / f"{name}.{options.table_format}", getattr(tables, name), options.table_format)
     areas: pd.DataFrame | None = None
     agreement: dict[str, float] | None = None
-    if curves:
+    if options.curves:
         lines = read_curves(opened, tables, update=update)
         areas = area_summary(curve_areas(lines))
         _write(folder / "deletion_insertion.csv", lines, "csv")
@@ -165,7 +168,7 @@ def _write_all(
         agreement = (
             {str(name): float(value) for name, value in known.mean().items()} if len(known) else None
         )
-    notes += _pictures(opened, tables, folder, mode, top_n)
+    notes += _pictures(opened, tables, folder, options.mode, options.top_n)
     write_notes(folder, opened, notes)
     return ProbeReport(opened.run.path, folder, tables, areas, agreement, notes)
 

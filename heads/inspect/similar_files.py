@@ -22,7 +22,7 @@ from heads.inspect.attention import read_attention
 from heads.inspect.case_files import patch_title
 from heads.inspect.embed import embed_png
 from heads.inspect.maps import COLUMNS, plot_map, project_2d
-from heads.inspect.opened import open_run
+from heads.inspect.opened import Wanted, open_run
 from heads.inspect.pictures import GalleryTile, gallery, images_of
 from heads.inspect.similar import Metric, PatchKey, find_patch, similar
 from heads.inspect.tables import records
@@ -222,7 +222,7 @@ def map_project(
     except FeatstoreError as error:
         notes.append(f"no map by class: {error.found}")
     try:
-        opened = open_run(config, project, run, "all", tell=tell)
+        opened = open_run(config, project, Wanted(run, "all"), tell)
         tables = read_attention(opened)
         if tables is None:
             notes.append("no map by attention: the run's head has none")

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from heads.config import Config
 from heads.evaluation.metrics import rank_auc
 from heads.evaluation.studies import open_study
-from heads.inspect.opened import open_run
+from heads.inspect.opened import Wanted, open_run
 from heads.inspect.probe_tables import read_probes
 from heads.study import study_project
 from tests.bench.crchisto_peers import CLASSES, FOLDS, SPLIT_SEED, prepare
@@ -82,7 +82,8 @@ def scores_of(
     study = open_study(work / "runs", there[-1])
     rows = []
     for fold, seed in study.trainings:
-        probes = read_probes(open_run(config, work, study.folder.training(fold, seed).path))
+        wanted = Wanted(study.folder.training(fold, seed).path)
+        probes = read_probes(open_run(config, work, wanted))
         for case, patches in probes.patches.groupby("case_id", sort=False):
             positive = np.array([truth[Path(path).name] for path in patches["path"]])
             if study.about["labels"][case] == 0 or positive.min() == positive.max():

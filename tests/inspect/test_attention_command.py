@@ -19,6 +19,7 @@ from heads.evaluation.runs import RunFolder, held, read_about, read_config
 from heads.inspect.attention_plots import patch_figure, slice_figure, stain_figure
 from heads.inspect.case_files import draw_case, selected_patches, slice_names
 from heads.inspect.drawing import draw_all
+from heads.inspect.opened import Wanted, open_run
 from heads.inspect.pictures import PatchImages
 from heads.inspect.probe_tables import read_probes
 from heads.inspect.tables import AttentionTables
@@ -241,14 +242,13 @@ def test_parts_and_cases_that_are_none_are_refused(project: Path) -> None:
 
 def test_other_processes_draw_the_same_pictures(project: Path, tmp_path: Path) -> None:
     analysis = run_of(project, "hierarchical") / "attention_analysis"
-    opened = attention_files.open_run(
-        read_config(RunFolder(analysis.parent)), project, analysis.parent, tell=lambda text: None
-    )
+    run = analysis.parent
+    opened = open_run(read_config(RunFolder(run)), project, Wanted(run))
     images, why = attention_files.patch_images(opened)
     assert not why
     for name in attention_files.FOLDERS:
         (tmp_path / name).mkdir()
-    jobs = attention_files.case_jobs(opened, tables_of_ids(analysis), tmp_path, images, None, 5, 6)
+    jobs = attention_files.case_jobs(opened, tables_of_ids(analysis), tmp_path, images, None)
     seen: list[tuple[int, int]] = []
     drawn = list(draw_all(draw_case, jobs, 3, lambda done, total: seen.append((done, total)), processes=2))
     assert seen == [(1, 3), (2, 3), (3, 3)]
@@ -317,7 +317,7 @@ def test_cases_are_called_as_the_runs_own_results_say(
         succeeded(copy, "train-head", *flags)
     (run,) = (copy / "runs").iterdir()
     told = pd.read_csv(run / "predictions.csv", dtype={"case_id": str})
-    opened = attention_files.open_run(read_config(RunFolder(run)), copy, run)
+    opened = open_run(read_config(RunFolder(run)), copy, Wanted(run))
     tables = attention_files.read_attention(opened)
     assert tables is not None
     found = tables.cases[list(told.columns)]

@@ -17,7 +17,7 @@ from featstore.store import Store
 from heads.evaluation.checkpoints import load_best
 from heads.evaluation.runs import RunFolder, read_about, read_config
 from heads.inspect.curve_tables import area_summary, curve_areas, effect_agreement
-from heads.inspect.opened import open_run
+from heads.inspect.opened import Wanted, open_run
 from heads.inspect.probe_tables import attended_but_neutral, most_for, read_probes
 from heads.models.head import Head
 from tests.command_line import answer, refused, succeeded
@@ -118,7 +118,8 @@ def test_tiles_of_galleries_are_the_files_and_numbers_of_the_table(project: Path
 def test_in_place_and_parquet_hold_the_same_as_csv(project: Path) -> None:
     run = run_of(project, "hierarchical")
     csv = read(run, "patches.csv")
-    found = answer(project, "probe", run, "--mode", "in_place", "--tables", "parquet", "--no-curves")
+    flags = ("--mode", "in_place", "--tables", "parquet", "--no-curves", "--top-n", "4")
+    found = answer(project, "probe", run, *flags)
     table = pd.read_parquet(run / "probing" / "patches.parquet")
     assert not (run / "probing" / "patches.csv").exists()  # no folder holds two probings
     assert found["patches"] == len(table) == 132
@@ -127,6 +128,7 @@ def test_in_place_and_parquet_hold_the_same_as_csv(project: Path) -> None:
     for name in csv.select_dtypes("number"):
         np.testing.assert_allclose(table[name], csv[name], rtol=1e-6, atol=1e-9)
     tiles = tiles_of(run / "probing" / "galleries" / "most_high_grade.png")
+    assert len(tiles) == 4
     by_path = csv.set_index("path")["in_place_high_grade"]
     assert [tile["values"]["p(high_grade)"] for tile, _ in tiles] == pytest.approx(
         [by_path[tile["path"]] for tile, _ in tiles], rel=1e-6
@@ -186,7 +188,7 @@ def test_areas_and_their_intervals_are_those_of_their_cases(run: Path) -> None:
 
 def test_attention_is_ranked_against_the_size_of_effects(project: Path) -> None:
     run = run_of(project, "abmil")
-    opened = open_run(read_config(RunFolder(run)), project, run)
+    opened = open_run(read_config(RunFolder(run)), project, Wanted(run))
     probes = read_probes(opened)
     for row in effect_agreement(probes).to_dict("records"):
         mine = probes.patches[probes.patches["case_id"] == row["case_id"]]
@@ -198,7 +200,8 @@ def test_attention_is_ranked_against_the_size_of_effects(project: Path) -> None:
 
 def test_galleries_take_few_of_a_case_and_only_what_is_neutral(project: Path) -> None:
     run = run_of(project, "abmil")
-    probes = read_probes(open_run(read_config(RunFolder(run)), project, run), leave_out=False)
+    opened = open_run(read_config(RunFolder(run)), project, Wanted(run))
+    probes = read_probes(opened, leave_out=False)
     assert not [name for name in probes.patches if name.startswith(("effect_", "without_"))]
     most = most_for(probes, "benign", n=4, each=1)
     assert most["case_id"].is_unique
@@ -218,3 +221,11 @@ def test_pictures_that_are_gone_are_told_and_the_tables_are_written(project: Pat
     assert any("there is no folder of patches" in note for note in found["notes"])
     assert (run / "probing" / "patches.csv").is_file()
     assert "there is no folder of patches" in (run / "probing" / "notes.txt").read_text()
+
+
+def test_what_patches_change_is_left_out_where_it_is_not_wanted(project: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(project, tmp_path / "copy", ignore=shutil.ignore_patterns("probing")))
+    run, columns = run_of(copy, "mean"), set(read(run_of(project, "mean"), "patches.csv"))
+    succeeded(copy, "probe", run, "--no-curves", "--no-leave-out")
+    left = set(read(run, "patches.csv"))
+    assert columns - left == {f"{what}_{name}" for what in ("effect", "without") for name in CLASSES}

@@ -14,7 +14,7 @@ from PIL import Image
 
 from heads.evaluation.runs import RunFolder, read_config
 from heads.inspect.attention import read_attention
-from heads.inspect.opened import open_run
+from heads.inspect.opened import Wanted, open_run
 from heads.inspect.probe_tables import read_probes
 from heads.inspect.report.making import look
 from tests.command_line import answer, refused, succeeded
@@ -38,7 +38,7 @@ def page_of(path: str | Path) -> str:
 @pytest.mark.parametrize("head", ["hierarchical", "abmil"])
 def test_a_cases_page_shows_files_and_numbers_of_the_tables(project: Path, head: str) -> None:
     run = run_of(project, head)
-    opened = open_run(read_config(RunFolder(run)), project, run)
+    opened = open_run(read_config(RunFolder(run)), project, Wanted(run))
     attention, probes = read_attention(opened), read_probes(opened)
     assert attention is not None
     known = probes.patches.set_index("path")

@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from heads.evaluation.plots import Floats, Ints
 from heads.inspect.report.content import Chart
 from heads.inspect.report.svg import (
+    DASHED,
     INK,
     MUTED,
+    QUARTERS,
+    ROW,
+    TOP,
     Axes,
     box,
     color,
@@ -25,8 +29,6 @@ from heads.inspect.report.svg import (
     text,
 )
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 NAMED = 70  # up to so many cases have their names below them
 CELL = 84
 WIDE = 420  # pixels from which on a chart has a row of its own
@@ -94,17 +96,17 @@ def columns_of(
     """Axes of cases in their present order, and their parts; names below where there is room."""
     n = len(case_ids)
     step = float(np.clip(1000 / max(n, 1), 13 if n <= NAMED else 5, 30))
-    left, top, tall, place = 62.0, 12.0, 240.0, 0.0
+    left, tall, place = 62.0, 240.0, 0.0
     places = []
     for i in range(n):
         place += step * (1.0 if i == 0 or labels[i] == labels[i - 1] else 2.2)
         places.append(left + place - step / 2)
     width = max(place + step / 2, 300.0)
-    axes = Axes(left, top, width, tall, y_limits=(-0.03, 1.05))
+    axes = Axes(left, TOP, width, tall, y_limits=(-0.03, 1.05))
     named = n <= NAMED
     below = 12 + 6.2 * max((min(len(case), 16) for case in case_ids), default=0) if named else 6
-    parts = axes.frame("", y_label, x_ticks=[], y_ticks=[0, 0.25, 0.5, 0.75, 1])
-    bottom = top + tall
+    parts = axes.frame("", y_label, x_ticks=[], y_ticks=QUARTERS)
+    bottom = TOP + tall
     if named:
         parts += [
             text(x + 4, bottom + 10, short(case, 16), "end", 11, MUTED, turn=-90)
@@ -142,7 +144,7 @@ def deviation_chart(
             limit = 0.5 if threshold is None else (threshold, 1 - threshold)[c]
             there = [x for x, label in zip(columns.places, mine, strict=True) if label == c]
             reach = [(there[0] - 10, axes.y(limit)), (there[-1] + 10, axes.y(limit))]
-            parts.append(line(reach, MUTED, 1.2, "5 4"))
+            parts.append(line(reach, MUTED, 1.2, DASHED))
     size = 5.0 if len(ids) <= NAMED else 3.0
     for i, x, c in zip(order, columns.places, mine, strict=True):
         y = axes.y(float(deviation[i]))
@@ -154,10 +156,10 @@ def deviation_chart(
     rows = _class_rows(mine, [bool(called[i] != labels[i]) for i in order], class_names)
     if any(called != labels):
         rows.append((cross(0, 0, 5), "called wrong"))
-    parts += legend(62, columns.height + 12, rows)
+    parts += legend(axes.left, columns.height + 12, rows)
     wrong_count = int((called != labels).sum())
     label = f"Deviation from the true class of {len(ids)} cases, {wrong_count} of them called wrong"
-    height = columns.height + 10 + 19 * len(rows)
+    height = columns.height + 10 + ROW * len(rows)
     return Chart(
         "Deviation from the true class",
         drawing(columns.width, height, label, parts),

@@ -10,13 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from heads.evaluation.metrics import ECE_BINS, evaluate
+from heads.evaluation.plots import Floats, Ints
 from heads.evaluation.study_plots import roc
 from heads.inspect.report.content import Chart
 from heads.inspect.report.svg import (
     DASHES,
+    DOTTED,
     GRID,
     INK,
+    LEFT,
     MUTED,
+    PALE,
+    ROW,
+    SIDE,
+    TOP,
     Axes,
     box,
     color,
@@ -29,9 +36,6 @@ from heads.inspect.report.svg import (
     text,
 )
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-SIDE, LEFT, TOP = 270, 56, 12  # of a square chart; pixels
 NAMED = 6  # up to so many curves have a colour and a line each in the legend
 
 ROC = (
@@ -83,7 +87,7 @@ class _Style(NamedTuple):
     width: float = 1.9
 
 
-_BOLD, _GREY = _Style(INK, "", 2.6), _Style("#9aa5b1", "", 1.2)
+_BOLD, _GREY = _Style(INK, "", 2.6), _Style(PALE, "", 1.2)
 _Named = tuple[str, _Style, _Curve]
 
 
@@ -185,7 +189,7 @@ def _chart(
     _, explanation, value = words
     frame, parts = axes()
     for chance in sorted({each.chance for *_, each in named if each.chance}):
-        parts.append(line(frame.points((0, 1), (chance, chance)), MUTED, 1, "2 3"))
+        parts.append(line(frame.points((0, 1), (chance, chance)), MUTED, 1, DOTTED))
     rows = []
     for name, style, each in named:
         parts.append(line(frame.points(each.xs, each.ys), style.stroke, style.width, style.dash))
@@ -199,14 +203,14 @@ def _chart(
     below = frame.top + frame.height + 58
     parts += legend(LEFT, below, rows)
     said = "; ".join(f"{name} {value} {each.value:.3f}" for name, _, each in named[:12])
-    height = below + 19 * len(rows)
+    height = below + ROW * len(rows)
     return Chart(title, drawing(LEFT + SIDE + 14, height, f"{title}. {said}", parts), explanation)
 
 
 def _roc_axes() -> tuple[Axes, list[str]]:
     axes = Axes(LEFT, TOP, SIDE, SIDE)
     parts = axes.frame("false positive rate", "true positive rate")
-    return axes, [*parts, line(axes.points((0, 1), (0, 1)), MUTED, 1, "2 3")]
+    return axes, [*parts, line(axes.points((0, 1), (0, 1)), MUTED, 1, DOTTED)]
 
 
 def _precision_axes() -> tuple[Axes, list[str]]:
@@ -235,7 +239,7 @@ def calibration_chart(every: Sequence[Scores], remarks: Mapping[str, str] | None
     """
     axes = Axes(LEFT, TOP, SIDE, SIDE)
     parts = axes.frame("probability of the called class", "share called right")
-    parts.append(line(axes.points((0, 1), (0, 1)), MUTED, 1, "2 3"))
+    parts.append(line(axes.points((0, 1), (0, 1)), MUTED, 1, DOTTED))
     rows, said = [], []
     strip = TOP + SIDE + 46  # a strip of bars for each model below the frame
     for place, scores in enumerate(every):
@@ -260,5 +264,5 @@ def calibration_chart(every: Sequence[Scores], remarks: Mapping[str, str] | None
     below = strip + 44 * len(every) + 14
     parts += legend(LEFT, below, rows)
     label = f"Calibration. {'; '.join(said)}"
-    height = below + 19 * len(rows)
+    height = below + ROW * len(rows)
     return Chart("Calibration", drawing(LEFT + SIDE + 14, height, label, parts), CALIBRATION)

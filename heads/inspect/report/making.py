@@ -20,7 +20,7 @@ from heads.inspect.attention import read_attention
 from heads.inspect.attention_files import patch_images, slide_images
 from heads.inspect.case_files import slice_names
 from heads.inspect.drawing import draw_all
-from heads.inspect.opened import Opened, open_run
+from heads.inspect.opened import Opened, Wanted, open_run
 from heads.inspect.pictures import with_digests
 from heads.inspect.probe_tables import ProbeTables, read_probes
 from heads.inspect.report.cases import PageJob, draw_page, overlay_bytes
@@ -190,7 +190,7 @@ def _opened(
     opened, warnings = [], []
     for path, whose in wanted.items():
         try:
-            opened.append((open_run(config, project, path, tell=tell), whose))
+            opened.append((open_run(config, project, Wanted(path), tell), whose))
         except FeatstoreError as error:
             what = f"Patches and attention {whose} ".rstrip()
             warnings.append(f"{what} could not be looked at: {error.found}")

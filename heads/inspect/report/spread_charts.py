@@ -9,12 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featstore.cohort.names import natural_key
+from heads.evaluation.plots import Floats, Ints
 from heads.inspect.report.case_charts import WIDE, columns_of
 from heads.inspect.report.content import Chart
 from heads.inspect.report.svg import (
+    DASHED,
+    DOTTED,
     GRID,
     INK,
+    LEFT,
     MUTED,
+    PALE,
+    QUARTERS,
+    ROW,
+    TOP,
     Axes,
     cross,
     drawing,
@@ -25,9 +33,6 @@ from heads.inspect.report.svg import (
     short,
     text,
 )
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 STABILITY = (
     "Each column is a case, each point what one training gave its true class; the bar is the median. "
@@ -65,10 +70,12 @@ def stability_chart(cases: Sequence[CaseSpread], class_names: Sequence[str]) -> 
     )
     axes = columns.axes
     if len(class_names) == 2:
-        parts.append(line([(axes.left, axes.y(0.5)), (columns.width - 12, axes.y(0.5))], MUTED, 1.2, "5 4"))
+        parts.append(
+            line([(axes.left, axes.y(0.5)), (columns.width - 12, axes.y(0.5))], MUTED, 1.2, DASHED)
+        )
     for case, x in zip(order, columns.places, strict=True):
         low, middle, high = min(case.values), float(np.median(case.values)), max(case.values)
-        shapes = line([(x, axes.y(low)), (x, axes.y(high))], "#9aa5b1", 1.2)
+        shapes = line([(x, axes.y(low)), (x, axes.y(high))], PALE, 1.2)
         size = 2.6 if len(case.values) <= 12 else 1.6
         shapes += "".join(marker(case.label, x, axes.y(value), size) for value in case.values)
         shapes += line([(x - 5, axes.y(middle)), (x + 5, axes.y(middle))], INK, 2.2)
@@ -85,9 +92,9 @@ def stability_chart(cases: Sequence[CaseSpread], class_names: Sequence[str]) -> 
     never = sum(not case.right for case in order)
     if never:
         rows.append((cross(0, 0, 4), f"wrong in every training: {never}"))
-    parts += legend(62, columns.height + 12, rows)
+    parts += legend(axes.left, columns.height + 12, rows)
     label = f"Probability of the true class of {len(order)} cases over the trainings; {never} never right"
-    picture = drawing(columns.width, columns.height + 10 + 19 * len(rows), label, parts)
+    picture = drawing(columns.width, columns.height + 10 + ROW * len(rows), label, parts)
     return Chart("Each case over the trainings", picture, STABILITY, wide=columns.width > WIDE)
 
 
@@ -95,7 +102,7 @@ def case_strip(case: CaseSpread, ensemble: float) -> str:
     """SVG of one case's probabilities over the trainings, on one line; the mean marked."""
     axes = Axes(14, 8, 330, 22)
     parts = [line([(axes.x(0), 30), (axes.x(1), 30)], MUTED)]
-    for tick in (0, 0.25, 0.5, 0.75, 1):
+    for tick in QUARTERS:
         parts.append(line([(axes.x(tick), 8), (axes.x(tick), 34)], GRID))
         parts.append(text(axes.x(tick), 47, f"{tick:g}", "middle", 11, MUTED))
     parts += [marker(case.label, axes.x(value), 19, 3.5) for value in case.values]
@@ -126,13 +133,12 @@ def pair_chart(
         right: Whether A, and whether B calls each right.
         class_names: In config order.
     """
-    axes = Axes(56, 12, 330, 330, x_limits=(-0.02, 1.02), y_limits=(-0.02, 1.02))
-    ticks = [0, 0.25, 0.5, 0.75, 1]
-    parts = axes.frame("A: p(true class)", "B: p(true class)", ticks, ticks)
-    parts.append(line(axes.points((0, 1), (0, 1)), MUTED, 1, "2 3"))
+    axes = Axes(LEFT, TOP, 330, 330, x_limits=(-0.02, 1.02), y_limits=(-0.02, 1.02))
+    parts = axes.frame("A: p(true class)", "B: p(true class)", QUARTERS, QUARTERS)
+    parts.append(line(axes.points((0, 1), (0, 1)), MUTED, 1, DOTTED))
     if len(class_names) == 2:
         for ends in (((0.5, 0.5), (0, 1)), ((0, 1), (0.5, 0.5))):
-            parts.append(line(axes.points(*ends), MUTED, 1, "5 4"))
+            parts.append(line(axes.points(*ends), MUTED, 1, DASHED))
     apart = right[0] != right[1]
     for i, case in enumerate(case_ids):
         x, y = axes.x(float(a[i])), axes.y(float(b[i]))
@@ -147,6 +153,6 @@ def pair_chart(
     if apart.any():
         ring = f'<circle r="7" fill="none" stroke="{INK}" stroke-width="1.6"/>'
         rows.append((ring, f"one right, the other wrong: {int(apart.sum())}"))
-    parts += legend(56, 400, rows)
+    parts += legend(LEFT, 400, rows)
     label = f"Probability of the true class by A and by B, {len(case_ids)} cases"
-    return Chart("Case by case", drawing(400, 400 + 19 * len(rows), label, parts), PAIRS)
+    return Chart("Case by case", drawing(400, 400 + ROW * len(rows), label, parts), PAIRS)

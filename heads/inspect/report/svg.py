@@ -14,7 +14,11 @@ from urllib.parse import quote
 from heads.evaluation.plots import COLORS, shorten
 
 INK, MUTED, GRID = "#1f2933", "#52606d", "#e4e7eb"
+PALE = "#9aa5b1"  # of lines behind others
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "10 4", "1 2")
+DOTTED, DASHED = "2 3", "5 4"  # what a model is held against; where its call changes
+LEFT, TOP, SIDE = 56, 12, 270  # of a frame; pixels
+QUARTERS = (0, 0.25, 0.5, 0.75, 1)
 ROW = 19  # of a legend
 
 

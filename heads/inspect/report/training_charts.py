@@ -6,11 +6,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
+from heads.evaluation.plots import MARKED, WIDE, Floats
 from heads.inspect.report.content import Chart
 from heads.inspect.report.svg import (
+    DOTTED,
     INK,
+    LEFT,
+    PALE,
+    ROW,
+    SIDE,
+    TOP,
     Axes,
     color,
     drawing,
@@ -23,8 +29,6 @@ from heads.inspect.report.svg import (
     text,
 )
 
-Floats = NDArray[np.float64]
-WIDE = 50.0  # from this ratio of largest to least value, an axis is logarithmic
 PARTS = {"train": ("training", 0, ""), "val": ("validation", 1, "6 3")}
 
 CURVES = {
@@ -76,22 +80,22 @@ def _curve(history: pd.DataFrame, name: str, best_epoch: int) -> Chart:
         kept = np.isfinite(values + epoch)
         points = axes.points(epoch[kept], values[kept])
         parts.append(line(points, color(index), 2, dash))
-        if len(points) <= 40:
+        if len(points) <= MARKED:
             parts += [marker(index, x, y, 2.6) for x, y in points]
         rows.append((stroke_symbol(color(index), dash), label))
     below = axes.top + axes.height + 58
     parts += legend(axes.left, below, rows)
     said = "; ".join(f"{PARTS[p][0]} ends at {v[np.isfinite(v)][-1]:.3f}" for p, v in drawn.items())
     picture = drawing(
-        axes.left + axes.width + 14, below + 19 * len(rows), f"{title} by epoch. {said}", parts
+        axes.left + axes.width + 14, below + ROW * len(rows), f"{title} by epoch. {said}", parts
     )
     return Chart(title, picture, explanation)
 
 
 def _best_row(axes: Axes, parts: list[str], best_epoch: int) -> tuple[str, str]:
     x = axes.x(best_epoch)
-    parts.append(line([(x, axes.top), (x, axes.top + axes.height)], INK, 1.2, "2 3"))
-    return stroke_symbol(INK, "2 3", 1.2), f"best epoch: {best_epoch}"
+    parts.append(line([(x, axes.top), (x, axes.top + axes.height)], INK, 1.2, DOTTED))
+    return stroke_symbol(INK, DOTTED, 1.2), f"best epoch: {best_epoch}"
 
 
 def _axes(first: float, last: float, lowest: float, highest: float, share: bool) -> Axes:
@@ -102,7 +106,7 @@ def _axes(first: float, last: float, lowest: float, highest: float, share: bool)
         log = 0 < WIDE * lowest < highest
         room = 0.05 * (highest - lowest) or 0.5
         y_limits = (lowest / 1.2, highest * 1.2) if log else (max(0.0, lowest - room), highest + room)
-    return Axes(56, 12, 270, 200, (first - air, last + air), y_limits, log)
+    return Axes(LEFT, TOP, SIDE, 200, (first - air, last + air), y_limits, log)
 
 
 def _whole(limits: tuple[float, float]) -> list[float]:
@@ -158,14 +162,14 @@ def split_chart(values: Mapping[int, Sequence[float]], name: str) -> Chart:
     if not drawn:
         return Chart(title, explanation=explanation, note=f"{name} is undefined in every training.")
     width = max(150.0, 44.0 * len(values))
-    axes = Axes(56, 12, width, 200, (-0.5, len(values) - 0.5), (0.0, 1.02))
+    axes = Axes(LEFT, TOP, width, 200, (-0.5, len(values) - 0.5), (0.0, 1.02))
     parts = axes.frame("fold", name, x_ticks=[])
     for place, fold in enumerate(values):
         parts.append(text(axes.x(place), 227, short(str(fold), 6), "middle", 11))
         if fold not in drawn:
             continue
         mine, x = drawn[fold], axes.x(place)
-        parts.append(line([(x, axes.y(mine[0])), (x, axes.y(mine[-1]))], "#9aa5b1", 1.2))
+        parts.append(line([(x, axes.y(mine[0])), (x, axes.y(mine[-1]))], PALE, 1.2))
         parts += [marker(0, x, axes.y(value), 3.2) for value in mine]
         middle = axes.y(mine[(len(mine) - 1) // 2])
         parts.append(line([(x - 9, middle), (x + 9, middle)], INK, 2.4))
