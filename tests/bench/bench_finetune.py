@@ -56,6 +56,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--set", nargs="*", default=[], help="--tissue: other settings, KEY=VALUE")
     parser.add_argument("--out", type=Path, help="write the figures of --step to this JSON file")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)  # a child of --memory
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -63,6 +64,7 @@ def main() -> None:
     if given.one is not None:
         print(json.dumps(peak_of(given.folder)))
         return
+    TUNING.update({key: json.loads(value) for key, _, value in (text.partition("=") for text in given.set)})
     if given.tissue:
         tissue(given.seeds)
     if given.step:
@@ -75,7 +77,7 @@ def main() -> None:
 
 
 # What fine-tuning of random weights needs: statistics of its own, and rates that move it.
-TUNING = {
+TUNING: dict[str, Any] = {
     "unfreeze": "all",
     "batch_norm": "train",
     "backbone_lr": 3e-4,
@@ -93,6 +95,7 @@ def tissue(seeds: int) -> None:
     data = helpers.shared_data()
     if data is None:
         sys.exit("no shared data: FEATSTORE_SHARED_DATA")
+    print(f"crchisto, {RESNET18} with random weights, ABMIL; {TUNING}", flush=True)
     with tempfile.TemporaryDirectory() as name:
         project = Path(name)
         labels = _labels(data / "crchisto" / "labels.csv")
