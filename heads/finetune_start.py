@@ -34,8 +34,11 @@ from heads.training.finetune_data import attention_of
 from heads.training.finetune_model import training_config
 from heads.training.live import LiveBackbone, choose_chunk
 from heads.training.live_bags import LiveBags
-from heads.training.optimizer import choose_amp
+from heads.training.optimizer import Amp, choose_amp
 from heads.training.ranks import Ranks
+
+
+_SMALLEST_IN_BF16 = 32  # px
 
 
 @dataclass(frozen=True)
@@ -169,11 +172,11 @@ def _prepare(
     device = choose_device(settings.device)
     if device.type == "cpu":
         keep_freed_memory()
-    settings = settings.model_copy(update={"amp": choose_amp(settings.amp, device)})
     store = Store.open(project / own.store.path)
     spec = store.spec.plain
     _check_patches(store, project, own)
     backbone, built_by = _backbone_of(store, candidates, project)
+    settings = settings.model_copy(update={"amp": _precision(settings, backbone, device)})
     train, split = training_config(own.train, settings), read_own_split(run, about)
     attention = None
     if settings.sampling == "attended" and settings.patches_per_case is not None:
@@ -211,6 +214,25 @@ def _prepare(
         training,
         identity,
     )
+
+
+def _precision(settings: FinetuneConfig, backbone: Backbone, device: torch.device) -> Amp:
+    """What ``finetune.amp`` means.
+
+    Raises:
+        ConfigError: bf16 is asked for on a CPU with patches so small that its gradients are wrong there.
+    """
+    # Maps of one cell before the last stride: gradients of oneDNN's 3 × 3 convolutions in bf16 then hold
+    # whatever was in memory.
+    small = device.type == "cpu" and backbone.preprocessing.size < _SMALLEST_IN_BF16
+    if small and settings.amp == "bf16":
+        raise ConfigError(
+            f"finetune.amp is bf16, with patches of {backbone.preprocessing.size} px on a CPU",
+            expected=f"float32 below {_SMALLEST_IN_BF16} px: gradients in bf16 are wrong there",
+            where="finetune.amp",
+            fix="--amp off",
+        )
+    return "off" if small and settings.amp == "auto" else choose_amp(settings.amp, device)
 
 
 def _trained_here(weights_sha256: str, runs: Path) -> list[BackboneConfig]:

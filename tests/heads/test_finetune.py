@@ -6,6 +6,8 @@ import io
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,16 +16,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from featstore.backbones import build_backbone
 from featstore.bags import Bag
 from featstore.errors import ConfigError, FeatstoreError
 from featstore.resident import CaseBags
 from heads.config import FinetuneConfig
+from heads.finetune_start import _precision
 from heads.models.standardize import Standardize
 from heads.training.course import TrainingError
 from heads.training.finetune import FineTuning
 from heads.training.finetune_data import attention_of, draw
 from heads.training.finetune_model import Following, rate_course
-from tests.heads.finetuned import LABELS, SPLIT, Cached, make_cached, make_finetuning, make_head, numbers
+from tests.heads.finetuned import (
+    BACKBONE,
+    LABELS,
+    SPLIT,
+    Cached,
+    make_cached,
+    make_finetuning,
+    make_head,
+    numbers,
+)
 
 
 @pytest.fixture(scope="module")
@@ -307,3 +320,13 @@ def test_chunks_are_of_all_cases(cached: Cached) -> None:
     of_case = np.repeat(np.arange(3), [len(bag) for bag in bags])
     assert len(sight.pieces) == 4
     assert all(set(of_case[piece]) == {0, 1, 2} for piece in sight.pieces)
+
+
+def test_where_gradients_in_bf16_are_wrong_float32_is_taken() -> None:
+    backbone = build_backbone(BACKBONE, Path())
+    small = replace(backbone, preprocessing=replace(backbone.preprocessing, resize=16))
+    cpu = torch.device("cpu")
+    assert _precision(FinetuneConfig(), small, cpu) == "off"
+    with pytest.raises(ConfigError, match="patches of 16 px"):
+        _precision(FinetuneConfig(amp="bf16"), small, cpu)
+    assert _precision(FinetuneConfig(amp="bf16"), backbone, cpu) == "bf16"
