@@ -37,7 +37,6 @@ from heads.training.live_bags import LiveBags
 from heads.training.optimizer import Amp, choose_amp
 from heads.training.ranks import Ranks
 
-
 _SMALLEST_IN_BF16 = 32  # px
 
 
