@@ -240,6 +240,9 @@ def finetune(
     run: Path | None = typer.Argument(None, help="run to start from (default: the newest finished one)"),
     gpu: bool = typer.Option(False, "--gpu", help="insist on a GPU (--device cuda)"),
     resume: Path | None = typer.Option(None, help="go on with this fine-tuning, by its own settings"),
+    finish: bool = typer.Option(
+        False, "--finish", help="--resume: train no further; evaluate and export its best epoch"
+    ),
 ) -> None:
     """Train a run's backbone and head together on the patches, and export the backbone to extract with.
 
@@ -248,11 +251,20 @@ def finetune(
     from featstore.progress import CaseBar
     from heads.finetune import finetune_project
 
+    if (resume is None and finish) or (resume is not None and run is not None):
+        raise ConfigError(
+            "--finish without --resume" if finish else f"a run to start from, {run}, and one to resume",
+            expected="featstore finetune [RUN], or featstore finetune --resume RUN [--finish]",
+            where="finetune",
+            fix="leave one of them out",
+        )
+
     def show(progress: TrainingProgress, epochs: int) -> None:
         call.tell(progress.to_text(epochs))
 
+    config, project = call.config, call.project
     with CaseBar("steps") as bar:
-        done = finetune_project(call.config, call.project, run, resume, call.tell, show, bar.update)
+        done = finetune_project(config, project, run, resume, finish, call.tell, show, bar.update)
     if done is not None:
         call.answer(done)
 

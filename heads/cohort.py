@@ -239,6 +239,16 @@ def load_bags(
     device = _device(config.train.device)
     if device.type == "cpu":
         keep_freed_memory()
+    check_fingerprint(store, fingerprint)
+    memory = memory_budget(config.train.memory_gb, device)
+    bags = CaseBags(store, labels, memory, device, config.train.views)
+    if bags.resident is None:
+        tell("warning: the embeddings do not fit into train.memory_gb; every epoch reads them again")
+    return bags
+
+
+def check_fingerprint(store: Store, fingerprint: str | None) -> None:
+    """Raises FingerprintMismatch if a store's embeddings are of another make than a run was trained on."""
     if fingerprint not in (None, store.spec.fingerprint, store.spec.plain.fingerprint):
         raise FingerprintMismatch(
             f"the store has {store.spec.dim} features of {store.spec.backbone}, "
@@ -247,11 +257,6 @@ def load_bags(
             where=str(store.path),
             fix="name the run's store (run.json says which), or train anew",
         )
-    memory = memory_budget(config.train.memory_gb, device)
-    bags = CaseBags(store, labels, memory, device, config.train.views)
-    if bags.resident is None:
-        tell("warning: the embeddings do not fit into train.memory_gb; every epoch reads them again")
-    return bags
 
 
 def _device(name: str) -> torch.device:

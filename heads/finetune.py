@@ -8,7 +8,9 @@ embeddings of its own backbone, which is exported beside it: once they are cache
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import shlex
+import signal
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from heads.config import Config
 from heads.evaluation.checkpoints import identity_of, load_state, save_state
 from heads.evaluation.results import Evaluation, evaluate_heads, write_results
 from heads.evaluation.runs import (
+    RunError,
     RunFolder,
     find_run,
     held,
@@ -35,6 +38,7 @@ from heads.run import begin
 from heads.training.blocks import describe
 from heads.training.course import Progress
 from heads.training.finetune import FineTuning
+from heads.training.finetune_model import memory_for
 from heads.training.ranks import Ranks, joined
 
 BACKBONE = "backbone"  # folder of the export, in the run's
@@ -48,39 +52,48 @@ class FineTuned:
         run: The folder.
         evaluation: Of the fine-tuned model on the test cases; None if it was interrupted.
         interrupted: The signal that ended it early; None if it was not.
-        epochs: Epochs done.
+        steps: Steps done.
         export: The exported backbone, relative to the project; empty if it was interrupted.
         store: Where its embeddings are to be cached.
         fingerprint: Of these embeddings.
+        changed: Patches that are no longer the files that were embedded.
     """
 
     run: RunFolder
     evaluation: Evaluation | None
     interrupted: int | None
-    epochs: int
+    steps: int
     export: str = ""
     store: str = ""
     fingerprint: str = ""
+    changed: int = 0
 
     def to_text(self) -> str:
         """The results and what to do next, or how to go on."""
         if self.evaluation is None:
             return (
-                f"interrupted after {self.epochs} epochs\n"
+                f"interrupted after {self.steps} steps\n"
                 f"to go on: featstore finetune --resume {self.run.path}"
             )
+        export, store = shlex.quote(self.export), shlex.quote(self.store)
         return (
             f"{self.evaluation.to_text()}\n"
             f"  the backbone is in {self.export} (fingerprint {self.fingerprint[:12]})\n"
-            f"to cache with it: featstore extract --backbone {self.export} --store {self.store}\n"
-            f"then: featstore train-head --store {self.store}, or featstore evaluate {self.run.path}"
+            "to cache with it, in the project's folder:\n"
+            f"  featstore extract --backbone {export} --store {store}\n"
+            f"then: featstore train-head --store {store}, or featstore evaluate {self.run.path.name}"
         )
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON types."""
         if self.evaluation is None:
-            return {"run": str(self.run.path), "epochs": self.epochs, "interrupted": self.interrupted}
-        own = {"backbone": self.export, "store": self.store, "fingerprint": self.fingerprint}
+            return {"run": str(self.run.path), "steps": self.steps, "interrupted": self.interrupted}
+        own: dict[str, Any] = {
+            "backbone": self.export,
+            "store": self.store,
+            "fingerprint": self.fingerprint,
+        }
+        own |= {"changed_files": self.changed}
         return {**self.evaluation.to_json(), **own, "interrupted": None}
 
 
@@ -89,6 +102,7 @@ def finetune_project(
     project: Path,
     wanted: Path | None = None,
     resume: Path | None = None,
+    finish: bool = False,
     tell: Callable[[str], None] = lambda text: None,
     observe: Callable[[Progress, int], None] = lambda progress, epochs: None,
     watch: Callable[[int, int], None] = lambda step, steps: None,
@@ -102,6 +116,7 @@ def finetune_project(
         project: The folder that relative paths start from.
         wanted: The run to start from; the newest finished one by default.
         resume: A fine-tuning to go on with, by its own settings.
+        finish: Of ``resume``: train no further; evaluate and export its best epoch so far.
         tell: Called with remarks.
         observe: Called after every epoch with the progress and the number of epochs.
         watch: Called after every step with its number and the number of steps in an epoch.
@@ -118,7 +133,7 @@ def finetune_project(
             update={"finetune": config.finetune.model_copy(update={"device": device})}
         )
         if not ranks.first:
-            tell, observe, watch = _quiet, _quiet, _quiet
+            tell = observe = watch = lambda *said: None
         if resume is not None:
             run = find_run(project / config.runs.path, resume, finished=False)
             if ranks.first:
@@ -135,22 +150,48 @@ def finetune_project(
                 holding.enter_context(held(run.path))
                 tell(_announcement(run, start, ranks))
         holding.enter_context(start.pixels)
-        received = holding.enter_context(stop_on_signal())
+        interrupted = None
+        if finish:
+            _check_finishable(run, training)
+        else:
+            interrupted = _train(run, start, ranks, observe, watch)
+        changed = sorted({path for found in ranks.gather(start.pixels.changed) for path in found})
+        if not ranks.first:
+            return None
+        if interrupted is not None:
+            _tell_changed(changed, tell)
+            return FineTuned(run, None, interrupted, training.steps_done)
+        with memory_for("to evaluate", training.bags.device):
+            return _finish(run, start, project, changed, tell)
+
+
+def _train(
+    run: RunFolder,
+    start: Start,
+    ranks: Ranks,
+    observe: Callable[[Progress, int], None],
+    watch: Callable[[int, int], None],
+) -> int | None:
+    """Train to the end; the signal that ended it before, if one did."""
+    training = start.training
+    with stop_on_signal() as received:
         saver = Saver(run, _state_path(run), start.identity, start.settings, ranks, observe, watch)
         saver.save(training)  # so that one that is killed at once can be resumed too
         training.run(saver.after_epoch, received, saver.after_step)
         saver.save(training)
-        _tell_changed(start, tell)
-        if not ranks.first:
+        if training.finished:
             return None
-        if not training.finished:
-            signal = received[0] if received else 15  # another process was told to stop
-            return FineTuned(run, None, signal, training.progress.epoch)
-        return _finish(run, start, project, tell)
+        return received[0] if received else signal.SIGTERM  # another process was told to stop
 
 
-def _quiet(*said: object) -> None:
-    """What processes other than the first have to say."""
+def _check_finishable(run: RunFolder, training: FineTuning) -> None:
+    if not training.best:
+        raise RunError(
+            "no epoch has been finished yet: there is nothing to evaluate",
+            expected="a best epoch",
+            where=str(run.path),
+            fix=f"featstore finetune --resume {run.path}",
+        )
 
 
 def _state_path(run: RunFolder) -> Path:
@@ -163,7 +204,7 @@ def _new_run(start: Start, project: Path, config: Config) -> Path:
     (run.path / "checkpoints").mkdir()
     export = _relative(run.path / BACKBONE, project)
     backbone = start.config.backbone.model_copy(update={"name": export})
-    store = start.config.store.model_copy(update={"path": f"{start.config.store.path}_{run.path.name}"})
+    store = start.config.store.model_copy(update={"path": f"store_{run.path.name}"})
     own = start.config.model_copy(update={"backbone": backbone, "store": store})
     about = start.about | {"store": {**start.about["store"], "path": store.path, "digest": ""}}
     begin(run, own, about, start.split)
@@ -194,17 +235,19 @@ def _announcement(run: RunFolder, start: Start, ranks: Ranks) -> str:
     )
 
 
-def _tell_changed(start: Start, tell: Callable[[str], None]) -> None:
-    if changed := sorted(start.pixels.changed):
+def _tell_changed(changed: Sequence[str], tell: Callable[[str], None]) -> None:
+    if changed:
         some = ", ".join(changed[:5]) + (", …" if len(changed) > 5 else "")
         tell(f"warning: {len(changed)} patches are no longer the files that were embedded: {some}")
 
 
-def _finish(run: RunFolder, start: Start, project: Path, tell: Callable[[str], None]) -> FineTuned:
+def _finish(
+    run: RunFolder, start: Start, project: Path, changed: Sequence[str], tell: Callable[[str], None]
+) -> FineTuned:
     """Evaluate the best and the last epoch from pixels, export the best one's backbone, write results."""
     training = start.training
     last = training.kept_model
-    best = copy.deepcopy(last)
+    best = last if training.progress.best_epoch == training.progress.epoch else copy.deepcopy(last)
     best.load_state_dict(training.best)
     models = {"best": best, "last": last}
     cases = {"train": start.split.train, "val": start.split.val, "test": start.split.test}
@@ -220,10 +263,13 @@ def _finish(run: RunFolder, start: Start, project: Path, tell: Callable[[str], N
         vars(training.progress),
         training.class_weights,
     )
+    changed = sorted({*changed, *start.pixels.changed})
+    _tell_changed(changed, tell)
     training.model.load_state_dict(training.best)
     export, fingerprint = _export(run, start, project)
     about = read_about(run)
     about["store"]["fingerprint"] = fingerprint
+    about["finetuned"]["changed_files"] = len(changed)
     write_json(run.about, about)
     _save_head(run, training, own, about)
     write_results(done, own, history_frame(training.progress.history), attention)
@@ -231,10 +277,11 @@ def _finish(run: RunFolder, start: Start, project: Path, tell: Callable[[str], N
         run,
         done,
         None,
-        training.progress.epoch,
+        training.steps_done,
         _relative(export.parent, project),
         about["store"]["path"],
         fingerprint,
+        len(changed),
     )
 
 

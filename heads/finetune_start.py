@@ -22,12 +22,12 @@ from featstore.patch_pixels import PatchPixels
 from featstore.process import keep_freed_memory, usable_cores
 from featstore.spec import EmbeddingSpec
 from featstore.store import Store
-from heads.cohort import load_bags
+from heads.cohort import check_fingerprint, load_bags
 from heads.config import Config
 from heads.evaluation.checkpoints import identity_of, load_best_of, load_state
 from heads.evaluation.runs import RunError, RunFolder, find_run, read_about, read_config, read_own_split
 from heads.models.head import Head, build_head, load_plugin
-from heads.project import own_config, plugin_of, refuse_imported
+from heads.project import MACHINE, own_config, plugin_of, refuse_imported
 from heads.training.finetune import FineTuning
 from heads.training.finetune_config import FinetuneConfig
 from heads.training.finetune_data import attention_of
@@ -106,7 +106,7 @@ def open_start(
     described["versions"] = {**about["versions"], "featstore": __version__, "torch": torch.__version__}
     spec = Store.open(project / own.store.path).spec
     exported = _trained_here(spec.weights_sha256, project / own.runs.path)
-    candidates = [config.backbone, own.backbone, *exported]
+    candidates = [own.backbone, *exported, config.backbone]
     return _prepare(own, project, run, described, identity, head, candidates, ranks, tell)
 
 
@@ -138,14 +138,22 @@ def open_resumed(
             where=str(run.path),
             fix="start another: featstore finetune RUN",
         )
-    mine, origin = read_config(run), about["finetuned"]
-    machine = {name: getattr(config.finetune, name) for name in ("device", "workers", "save_seconds")}
+    mine, origin = own_config(config, run, tell, ("head", "runs", "finetune")), about["finetuned"]
+    machine = {n: getattr(config.finetune, n) for n in MACHINE if n in FinetuneConfig.model_fields}
     mine = _here(mine, config.model_copy(update={"finetune": mine.finetune.model_copy(update=machine)}))
-    store = mine.store.model_copy(update={"path": origin["store"]["path"]})
-    backbone = BackboneConfig(**origin["backbone"])
+    try:
+        store = mine.store.model_copy(update={"path": str(origin["store"]["path"])})
+        backbone, about = BackboneConfig(**origin["backbone"]), about | {"store": dict(origin["store"])}
+        origin["store"]["fingerprint"], origin["run"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"run.json does not say what was fine-tuned ({type(error).__name__}: {error})",
+            expected="a file as `featstore finetune` wrote it",
+            where=str(run.about),
+            fix="bring the file back, or start anew: featstore finetune RUN",
+        ) from error
     mine = mine.model_copy(update={"store": store, "backbone": backbone})
     load_plugin(plugin_of(mine, project))
-    about = about | {"store": origin["store"]}
     head = build_head(mine.head, int(about["dim"]), len(about["class_names"]))
     return _prepare(mine, project, run, about, identity_of(mine, about), head, [backbone], ranks, tell)
 
@@ -174,6 +182,7 @@ def _prepare(
     store = Store.open(project / own.store.path)
     spec = store.spec.plain
     _check_patches(store, project, own)
+    check_fingerprint(store, about["store"]["fingerprint"])
     backbone, built_by = _backbone_of(store, candidates, project)
     settings = settings.model_copy(update={"amp": _precision(settings, backbone, device)})
     train, split = training_config(own.train, settings), read_own_split(run, about)
@@ -192,7 +201,7 @@ def _prepare(
         digests=_digests(store, about["labels"]),
     )
     chunk = choose_chunk(settings.chunk, device, backbone.preprocessing.size)
-    live = LiveBackbone(backbone, device, settings.amp, chunk)
+    live = LiveBackbone(backbone, device, settings.amp, chunk, 2 if settings.batch_norm == "train" else 1)
     bags = LiveBags(store, about["labels"], live, pixels)
     training = FineTuning(
         head, backbone, bags, split, train, settings, about["class_names"], ranks, attention
@@ -278,12 +287,19 @@ def _backbone_of(
     """The backbone that made the store's embeddings, out of what the settings and the run name."""
     spec = store.spec.plain
     differences: list[str] = []
+    failed: BackboneError | None = None
     for config in {each.model_dump_json(): each for each in candidates}.values():
-        backbone = build_backbone(config, project)
+        try:
+            backbone = build_backbone(config, project)
+        except BackboneError as error:  # such as weights that are not on this machine: another may do
+            failed = failed or error
+            continue
         ours = backbone.spec(spec.channel_order, spec.compute_dtype, spec.stored_dtype, spec.runtime)
         if ours.fingerprint == spec.fingerprint:
             return backbone, config
         differences = differences or ours.differences(spec)
+    if failed is not None and not differences:
+        raise failed
     raise FingerprintMismatch(
         "the settings describe another backbone than that which made the store's embeddings:\n"
         + "\n".join(f"    {line}" for line in differences),

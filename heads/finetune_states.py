@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from featstore.files import replacing
 from heads.evaluation.checkpoints import check_progress
-from heads.evaluation.runs import RunFolder, history_frame, write_history, write_text
+from heads.evaluation.runs import RunError, RunFolder, history_frame, write_history, write_text
 from heads.training.course import Progress
 from heads.training.finetune import FineTuning
 from heads.training.finetune_config import FinetuneConfig
@@ -62,37 +62,54 @@ class Saver:
             self.save(training)
 
     def save(self, training: FineTuning) -> None:
-        """Write the state and the curves; to be called in all processes at once."""
-        state = training.state()
+        """Write the state and the curves; to be called in all processes at once.
+
+        Raises:
+            TrainingError: The loss is no longer a number: what was saved before stays.
+            RunError: `steps.csv` is not what was written.
+        """
+        training.check_finite()
+        state, taken = training.state(), training.take_steps()
         self._saved = time.monotonic()
         if not self._ranks.first:
             return
-        self._write_steps(training)
+        self._write_steps(taken, training.steps_done)
         if training.progress.history:
             write_history(self._run, history_frame(training.progress.history))
         with replacing(self._path) as aside:
             torch.save({"identity": self._identity, **state}, aside)
 
-    def _write_steps(self, training: FineTuning) -> None:
+    def _write_steps(self, taken: Sequence[tuple[int, int, Any, float]], done: int) -> None:
         """`steps.csv`: what is known, without what a process that was killed did after its last state."""
-        path, before = self._run.path / STEPS, pd.DataFrame(columns=_COLUMNS)
-        if path.is_file():
-            before = pd.read_csv(path)
-        taken = training.take_steps()
+        path = self._run.path / STEPS
         rows = pd.DataFrame([(e + 1, s + 1, float(loss), lr) for e, s, loss, lr in taken], columns=_COLUMNS)
-        if taken or not training.steps_done:
+        before = _read_steps(path) if path.is_file() else rows.iloc[:0]
+        if taken or not done:
             first = (taken[0][0] + 1, taken[0][1] + 1) if taken else (1, 1)
-            earlier = [(e, s) < first for e, s in zip(before["epoch"], before["step"], strict=True)]
-            before = before[earlier]
+            before = before[[(e, s) < first for e, s in zip(before["epoch"], before["step"], strict=True)]]
         parts = [part for part in (before, rows) if len(part)]
-        whole = pd.concat(parts) if parts else rows
-        write_text(path, whole.to_csv(index=False))
+        write_text(path, (pd.concat(parts) if parts else rows).to_csv(index=False))
+
+
+def _read_steps(path: Path) -> pd.DataFrame:
+    try:
+        found = pd.read_csv(path)
+        found[["epoch", "step"]] = found[["epoch", "step"]].astype("int64")
+        return found[_COLUMNS]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"the losses of the steps so far cannot be read: {type(error).__name__}: {error}",
+            expected=f"the columns {', '.join(_COLUMNS)}, as they were written",
+            where=str(path),
+            fix="move the file away: a new one is begun",
+        ) from error
 
 
 def check_state(state: Mapping[str, Any]) -> None:
     """Raises ValueError unless it is a fine-tuning's state."""
     names = ("model", "optimizer", "scheduler", "scaler", "progress", "best", "log")
-    parts: dict[str, type] = {**dict.fromkeys(names, dict), "norms": list, "step": int, "chunk": int}
+    parts: dict[str, type] = {**dict.fromkeys(names, dict), "norms": list, "rates": list}
+    parts |= dict.fromkeys(("step", "chunk", "cases_a_step"), int)
     for name, kind in parts.items():
         if not isinstance(state.get(name), kind):
             raise ValueError(f"its {name!r} is {type(state.get(name)).__name__}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from heads.models.head import load_plugin
 from heads.run import PARTS, TrainedRun, begin, evaluate_run, prepare, restore, settled, train_run
 from heads.training.course import Progress
 
-MACHINE = ("device", "memory_gb", "processes")  # settings of a place, not of a training
+# Settings of a place, not of a training.
+MACHINE = ("device", "memory_gb", "processes", "workers", "pixel_mb", "save_seconds")
 _LOCATES = ("path", "suffix")  # settings of `runs` that say where a run is, not what it is
 
 
@@ -144,13 +145,18 @@ def tell_unused(config: Config, tell: Callable[[str], None]) -> None:
         tell("warning: train.class_weights is set, but not used: add --use-class-weights")
 
 
-def own_config(config: Config, run: RunFolder, tell: Callable[[str], None]) -> Config:
-    """The run's own config; says which of the settings given now are not used."""
+def own_config(
+    config: Config,
+    run: RunFolder,
+    tell: Callable[[str], None],
+    sections: Sequence[str] = ("head", "train", "runs"),
+) -> Config:
+    """The run's own config; says which of the settings given now, in its sections, are not used."""
     mine, given = read_config(run), resolved(config)
     ignored = [
         leaf.path
         for leaf in leaves(Config)
-        if leaf.section in ("head", "train", "runs")
+        if leaf.section in sections
         and leaf.key not in MACHINE
         and not (leaf.section == "runs" and leaf.key in _LOCATES)
         and leaf.key in getattr(config, leaf.section).model_fields_set
@@ -164,7 +170,7 @@ def own_config(config: Config, run: RunFolder, tell: Callable[[str], None]) -> C
 
 def on_this_machine(mine: Config, given: Config) -> Config:
     """The run's config on this machine: device, memory and processes are those given now."""
-    here = {name: getattr(given.train, name) for name in MACHINE}
+    here = {name: getattr(given.train, name) for name in MACHINE if hasattr(given.train, name)}
     return mine.model_copy(update={"train": mine.train.model_copy(update=here)})
 
 

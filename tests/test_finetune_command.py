@@ -13,10 +13,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from heads.training.finetune import FineTuning
 from tests import helpers
 from tests.command_line import answer, featstore, make_project, refused, succeeded
 from tests.inspect.projects import drawing_nothing, project_with
@@ -64,6 +68,7 @@ def test_a_fine_tuning_is_a_run_with_a_backbone_beside_it(tuned: Path) -> None:
     described = json.loads((run / "backbone" / "backbone.json").read_text())
     assert described["made_by"]["run"] == run.name
     assert "layer4" in described["made_by"]["learned"]
+    assert about["finetuned"]["changed_files"] == 0
 
 
 def test_back_to_a_cache_which_says_the_same(tuned: Path) -> None:
@@ -235,13 +240,98 @@ def test_a_stopped_or_killed_one_goes_on(project: Path, number: int, code: int) 
     assert len(steps) == 9 * (done + 1)
 
 
-def test_changed_files_are_told(project: Path) -> None:
-    files = sorted((project / "patches").glob("*.png"))
-    for file in files[1:]:
+def test_changed_files_are_told_also_of_test_cases(project: Path) -> None:
+    newest = next((project / "runs").glob("run_*_abmil"))
+    case = json.loads((newest / "results.json").read_text())["test"]["case_ids"][0]
+    files = sorted((project / "patches").glob(f"case_{case}_*.png"))
+    for file in files[1:3]:
         file.write_bytes(files[0].read_bytes())
     with drawing_nothing():
-        result = succeeded(project, "finetune", *TUNE)
-    assert "no longer the files that were embedded" in result.output
+        result = succeeded(project, "finetune", *TUNE, "--suffix", "c")
+    assert "2 patches are no longer the files that were embedded" in result.output
+    assert json.loads((run_of(project, "c") / "run.json").read_text())["finetuned"]["changed_files"] == 2
+
+
+def test_the_best_epoch_is_exported_and_evaluated(project: Path) -> None:
+    flags = ("--epochs", 4, "--patience", 4, "--backbone-lr", 0.05, "--head-lr", 0.05, "--unfreeze", "all")
+    with drawing_nothing():
+        succeeded(project, "finetune", *flags, "--suffix", "b", "--seed", 3)
+    run = run_of(project, "b")
+    state = torch.load(run / "checkpoints" / "finetune.pth", weights_only=True)
+    assert 0 < state["progress"]["best_epoch"] < state["progress"]["epoch"]
+    (weights,) = (run / "backbone").glob("*.safetensors")
+    prefix = "backbone.model."
+    best = {n.removeprefix(prefix): v for n, v in state["best"].items() if n.startswith(prefix)}
+    exported = load_file(weights)
+    assert exported.keys() == best.keys()
+    assert all(torch.equal(exported[name], best[name]) for name in best)
+    store = json.loads((run / "run.json").read_text())["store"]["path"]
+    succeeded(project, "extract", "--backbone", f"runs/{run.name}/backbone", "--store", store)
+    direct = json.loads((run / "results.json").read_text())
+    assert answer(project, "evaluate", run.name)["best"]["loss"] == pytest.approx(
+        direct["test"]["test_loss"], rel=1e-2
+    )
+    assert direct["test"]["test_loss"] != direct["test_last"]["test_loss"]
+
+
+def test_a_head_is_not_tuned_on_embeddings_of_another_make(project: Path) -> None:
+    shutil.rmtree(project / "store")
+    succeeded(project, "extract", "--weights", "random:1")
+    message = refused(project, "finetune", "--weights", "random:1")
+    assert "the embeddings that the run was trained on" in message
+
+
+def test_the_runs_own_backbone_will_do_where_that_of_now_cannot_be_had(project: Path) -> None:
+    with drawing_nothing():
+        succeeded(project, "finetune", *TUNE, "--backbone", "timm:nothing_like_it")
+
+
+def test_a_divergence_leaves_what_was_good_and_it_can_be_finished(project: Path) -> None:
+    with drawing_nothing():
+        succeeded(project, "finetune", *TUNE[2:], "--epochs", 2, "--suffix", "d")
+    run = run_of(project, "d")
+    (run / "results.json").unlink()
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("epochs: 2", "epochs: 3"))
+    real = FineTuning.update
+
+    def diverge(self: FineTuning, loss: torch.Tensor) -> None:
+        real(self, loss * float("nan"))
+
+    with mock.patch.object(FineTuning, "update", diverge):
+        result = featstore(project, "finetune", "--resume", run.name, "--save-seconds", 0)
+    assert result.exit_code == 1
+    assert "--finish" in result.stderr
+    state = torch.load(run / "checkpoints" / "finetune.pth", weights_only=True)
+    assert state["progress"]["epoch"] == 2
+    assert all(torch.isfinite(v).all() for v in state["model"].values())
+    with drawing_nothing():
+        succeeded(project, "finetune", "--resume", run.name, "--finish")
+    assert (run / "results.json").is_file()
+    refused(project, "finetune", "--finish", says=("--finish without --resume",))
+    refused(project, "finetune", "a", "--resume", "b", says=("one to resume",))
+
+
+def test_flags_that_resuming_does_not_use_are_told(project: Path) -> None:
+    with drawing_nothing():
+        succeeded(project, "finetune", *TUNE, "--suffix", "f")
+    run = run_of(project, "f")
+    (run / "results.json").unlink()
+    steps = run / "steps.csv"
+    kept = steps.read_bytes()
+    for damaged in (b"", b"a,b\n1,2\n"):
+        steps.write_bytes(damaged)
+        message = featstore(project, "finetune", "--resume", run.name)
+        assert message.exit_code == 2
+        assert "move the file away" in message.stderr
+    steps.write_bytes(kept)
+    with drawing_nothing():
+        result = succeeded(project, "finetune", "--resume", run.name, "--epochs", 5, "--unfreeze", "all")
+    assert "not used: finetune.unfreeze, finetune.epochs" in result.output
+    (run / "results.json").unlink()
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**about, "finetuned": 3}))
+    assert "does not say what was fine-tuned" in refused(project, "finetune", "--resume", run.name)
 
 
 def test_attended_patches_of_a_head_without_attention(project: Path) -> None:

@@ -2,7 +2,8 @@
 
 Every environment is held out once. Intervals are percentiles of resampled images, drawn within each
 environment, the same ones for both methods and all seeds; a metric of several seeds is the mean of theirs.
-They say how sure the numbers are of these environments, not how sure they are of others: those are few.
+They say how sure the numbers are of these environments and these trainings. Other environments, and other
+seeds, may differ by more: the differences seed by seed stand beside them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from featstore.cohort.tables import write_csv
 from heads.evaluation.metrics import (
@@ -59,6 +59,7 @@ class DomainRow:
         metric: One of `METRICS`.
         values: By method.
         difference: VAE − ERM, paired.
+        by_seed: The difference of each seed alone; NaN where undefined.
     """
 
     environment: str
@@ -66,6 +67,7 @@ class DomainRow:
     metric: str
     values: dict[str, Estimate]
     difference: Estimate
+    by_seed: tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +96,12 @@ class DomainTable:
             found = row.difference
             apart = found.low is not None and found.high is not None and (found.low > 0 or found.high < 0)
             shown = _shown(found, "+") + " *" * apart
+            if self.seeds > 1:
+                shown += f"  ({', '.join(f'{value:+.3f}' for value in row.by_seed)})"
             lines.append(f"{row.environment:{wide}}{_TITLES[row.metric]:20}{values}   {shown}")
-        several = f"means of {self.seeds} seeds, " if self.seeds > 1 else ""
-        lines.append(f"{several}{LEVEL:.0%} intervals over images; *: the interval excludes 0")
+        lines.append(f"{LEVEL:.0%} intervals over images; *: the interval excludes 0")
+        if self.seeds > 1:
+            lines.append(f"means of {self.seeds} seeds; in parentheses each seed's own difference")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -108,6 +113,7 @@ class DomainTable:
                 "metric": row.metric,
                 **{method: row.values[method].to_json() for method in METHODS},
                 "difference": row.difference.to_json(),
+                "difference_by_seed": [None if np.isnan(value) else value for value in row.by_seed],
             }
             for row in self.rows
         ]
@@ -143,16 +149,18 @@ def _shown(each: Estimate, sign: str = "") -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Drawn:
-    """A metric of all images, and of every resample: (R,)."""
+    """A metric of all images: of each seed (K,), and the seeds' mean of every resample (R,)."""
 
-    value: float
+    seeds: Floats
     resampled: Floats
 
     def less(self, other: _Drawn) -> _Drawn:
-        return _Drawn(self.value - other.value, self.resampled - other.resampled)
+        return _Drawn(self.seeds - other.seeds, self.resampled - other.resampled)
 
     def estimate(self, absent: list[str]) -> Estimate:
-        return interval_of(self.value, [self.resampled] if len(self.resampled) else [], absent)
+        return interval_of(
+            float(self.seeds.mean()), [self.resampled] if len(self.resampled) else [], absent
+        )
 
 
 def leave_one_out_table(
@@ -189,17 +197,25 @@ def _draw(
     n, size = len(each.labels), max(1, BLOCK // len(each.labels))
     for p in (p for seeds in each.probabilities.values() for p in seeds):
         evaluate(each.labels, p, class_names, resamples=0)  # refuses what are no probabilities
-    blocks = [np.ones((1, n))]
-    blocks += [resample(generator, min(size, resamples - i), n) for i in range(0, resamples, size)]
-    found: dict[tuple[str, str], list[Floats]] = {}
-    for weights in blocks:
-        for method, seeds in each.probabilities.items():
-            several = [weighted_statistics(weights, each.labels, p, p.argmax(axis=1)) for p in seeds]
-            for name in METRICS:
-                mean = np.mean([one[name] for one in several], axis=0)
-                found.setdefault((method, name), []).append(mean)
-    whole = {key: np.concatenate(values) for key, values in found.items()}
-    return {key: _Drawn(float(values[0]), values[1:]) for key, values in whole.items()}
+
+    def by_seed(weights: Floats) -> dict[tuple[str, str], Floats]:
+        """(K, R) under every weighting of the images."""
+        values = {
+            method: [weighted_statistics(weights, each.labels, p, p.argmax(axis=1)) for p in seeds]
+            for method, seeds in each.probabilities.items()
+        }
+        return {
+            (method, name): np.stack([one[name] for one in several])
+            for method, several in values.items()
+            for name in METRICS
+        }
+
+    point = by_seed(np.ones((1, n)))
+    resampled: dict[tuple[str, str], list[Floats]] = {key: [np.empty(0)] for key in point}
+    for start in range(0, resamples, size):
+        for key, found in by_seed(resample(generator, min(size, resamples - start), n)).items():
+            resampled[key].append(found.mean(axis=0))
+    return {key: _Drawn(point[key][:, 0], np.concatenate(resampled[key])) for key in point}
 
 
 def _rows(
@@ -208,12 +224,13 @@ def _rows(
     rows = []
     for metric in METRICS:
         values = {method: found[method, metric].estimate(absent) for method in METHODS}
-        difference = found["vae", metric].less(found["erm", metric]).estimate(absent)
-        rows.append(DomainRow(environment, images, metric, values, difference))
+        less = found["vae", metric].less(found["erm", metric])
+        difference, seeds = less.estimate(absent), tuple(less.seeds.tolist())
+        rows.append(DomainRow(environment, images, metric, values, difference, seeds))
     return rows
 
 
 def _mean(several: Sequence[_Drawn]) -> _Drawn:
     """The mean over environments, each drawn by itself; undefined where one is."""
-    values: NDArray[np.float64] = np.mean([each.resampled for each in several], axis=0)
-    return _Drawn(float(np.mean([each.value for each in several])), values)
+    seeds: Floats = np.mean([each.seeds for each in several], axis=0)
+    return _Drawn(seeds, np.mean([each.resampled for each in several], axis=0))

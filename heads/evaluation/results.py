@@ -142,10 +142,14 @@ def evaluate_heads(
     wanted = config.runs.analyze_attention and part == "test"
     attention = PatchAttention(bags["best"], class_names) if wanted else None
     notes = {"best": attention}
-    found = {
-        name: _evaluate(head, bags[name], config, cases, class_names, weights, part, notes.get(name))
-        for name, head in heads.items()
-    }
+    found: dict[str, tuple[Predictions, Metrics, Calibration | None]] = {}
+    for name, head in heads.items():
+        if name == "last" and head is heads["best"]:
+            found[name] = found["best"]
+            continue
+        found[name] = _evaluate(
+            head, bags[name], config, cases, class_names, weights, part, notes.get(name)
+        )
     evaluation = Evaluation(
         run,
         part,

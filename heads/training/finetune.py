@@ -17,23 +17,28 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from featstore.backbones import Backbone
 from featstore.bags import Bag
 from featstore.cohort.splits import Split
-from featstore.extraction.forward import is_out_of_memory
 from heads.config import TrainConfig
 from heads.models.head import Head
 from heads.training.blocks import set_mode, unfreeze
-from heads.training.course import Course, Progress, seeded
+from heads.training.course import Course, Progress, TrainingError
 from heads.training.data import chunks, micro_batches
 from heads.training.diagnostics import EpochLog, mean_norm
 from heads.training.finetune_config import FinetuneConfig
-from heads.training.finetune_data import DrawnBags, augmentation_of
-from heads.training.finetune_model import Following, Model, follows, make_optimizer, no_memory, rate_course
-from heads.training.live import LiveBackbone, Sight, TwoPass, sight_of
-from heads.training.live_bags import LiveBags, batch_of
+from heads.training.finetune_data import DrawnBags
+from heads.training.finetune_model import (
+    Model,
+    OutOfMemory,
+    make_optimizer,
+    memory_for,
+    no_memory,
+    rate_course,
+)
+from heads.training.finetune_step import Plan, Step
+from heads.training.live import LiveBackbone
+from heads.training.live_bags import LiveBags
 from heads.training.objective import Objective, make_class_weights
 from heads.training.optimizer import autocast, clip_gradient, make_scaler
 from heads.training.ranks import Ranks
-
-Plan = list[tuple[list[Bag], Sight]]
 
 
 class FineTuning(Course):
@@ -79,7 +84,6 @@ class FineTuning(Course):
         self.live: LiveBackbone = bags.live
         self._network = backbone.network
         self.names = unfreeze(backbone.network, settings.unfreeze, settings.batch_norm)
-        self._following = Following(head.standardize) if self.names and follows(settings) else None
         self.model = Model(self.live.module, head.to(bags.device, self.live.dtype))
         head.requires_grad_(not settings.freeze_head)
         self.data = DrawnBags(bags, split.train, train, settings, class_names, attention)
@@ -87,19 +91,25 @@ class FineTuning(Course):
         self.class_weights = None if weights is None else weights.to(bags.device)
         self.objective = Objective(train, head, self.class_weights)
         self._own = [p for p in self.model.parameters() if p.requires_grad]
-        self._augmentation = augmentation_of(settings)
-        self._size = int(train.batch_size) * train.gradient_accumulation_steps * self.ranks.count
         self.optimizer = make_optimizer(self.model, train, settings)
-        self.steps_an_epoch = math.ceil(len(self.data.outlines) / self._size)
-        course = rate_course(settings, train.epochs * self.steps_an_epoch)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, course)
+        self._take_steps_of(int(train.batch_size) * train.gradient_accumulation_steps * self.ranks.count)
         self.scaler = make_scaler(bags.device, train)
+        self._step = Step(
+            self.model, bags, self.objective, self.scaler, train, settings, self.ranks, bool(self.names)
+        )
         self.ema: AveragedModel | None = None
         if train.ema_decay:
             average = get_ema_multi_avg_fn(train.ema_decay)  # type: ignore[no-untyped-call]
             self.ema = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
         self._steps_taken: list[tuple[int, int, torch.Tensor, float]] = []
+        self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._begin_epoch()
+
+    def _take_steps_of(self, cases: int) -> None:
+        """So many cases, of all processes, make a step."""
+        self._size, self.steps_an_epoch = cases, math.ceil(len(self.data.outlines) / cases)
+        course = rate_course(self.settings, self.config.epochs * self.steps_an_epoch)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, course)
 
     def _begin_epoch(self) -> None:
         self.step, self._seconds = 0, 0.0
@@ -158,9 +168,7 @@ class FineTuning(Course):
                     after_step(self)
                     if self.ranks.any(bool(stop))[0]:
                         return False
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
+            except OutOfMemory as error:
                 if self.live.chunk == 1:
                     raise no_memory(self.bags.device) from error
             else:
@@ -169,91 +177,85 @@ class FineTuning(Course):
             self.live.chunk //= 2
             if self.bags.device.type == "cuda":
                 torch.cuda.empty_cache()
-        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        row = {"epoch": epoch + 1, "lr": rates[0], "lr_head": rates[-1]}
-        row |= self.model.head.schedule(epoch, self.config.epochs)
+        self.check_finite()
+        row: dict[str, float] = {"epoch": epoch + 1, "lr": self._rates[0], "lr_head": self._rates[-1]}
+        if not self.model.head.solved:  # of those it is the penalty of their solver
+            row |= self.model.head.schedule(epoch, self.config.epochs)
         row["grad_norm"] = mean_norm(self._norms)
-        size = self._size // self.config.gradient_accumulation_steps
-        row |= {f"train_{k}": v for k, v in self._together(self._log).summary(size).items()}
-        row |= {f"val_{k}": v for k, v in self._together(self._validate()).summary(size).items()}
+        row |= {f"train_{name}": value for name, value in self._summary(self._log).items()}
+        with memory_for("to validate", self.bags.device):
+            log = self._validate()
+        row |= {f"val_{name}": value for name, value in self._summary(log).items()}
         row["seconds"] = time.perf_counter() - began
         self._begin_epoch()
         self.conclude(row)
         return True
 
-    def _together(self, log: EpochLog) -> EpochLog:
-        return EpochLog.of(self.ranks.gather(log.state()))
+    def check_finite(self) -> None:
+        """Raises TrainingError if the loss of a step since `take_steps` was no number."""
+        for epoch, step, loss, lr in self._steps_taken:
+            if not math.isfinite(float(loss)):
+                raise TrainingError(
+                    f"the loss is no longer a number in step {step + 1} of epoch {epoch + 1}",
+                    expected="finite losses",
+                    where=f"rate of the backbone {lr:g}, finetune.amp {self.config.amp}",
+                    fix=f"{self.remedy}; to keep the best epoch so far: "
+                    "featstore finetune --resume RUN --finish",
+                )
+
+    def _summary(self, log: EpochLog) -> dict[str, float]:
+        """What a log of all processes comes to, the same in each of them."""
+        states, size = self.ranks.to_first(log.state()), self._size
+        size = max(1, size // self.config.gradient_accumulation_steps)
+        return self.ranks.from_first(EpochLog.of(states).summary(size) if self.ranks.first else {})
 
     def _steps(self, whole: Sequence[Sequence[Bag]]) -> Iterator[None]:
         """The steps that are left of an epoch, with pixels decoded ahead of them."""
         todo = range(self.step, len(whole))
-        asked = (c for i in todo for _, sight in self._plan(whole[i]) for c in sight.requests())
+        asked = (c for i in todo for _, sight in self.plan(whole[i]) for c in sight.requests())
         with closing(self.bags.pixels.read(asked)) as pixels:
             for i in todo:
-                log, loss = self._accumulate(self._plan(whole[i]), len(whole[i]), pixels)
-                self._update(loss)
+                self.optimizer.zero_grad(set_to_none=True)
+                log, loss = self.accumulate(self.plan(whole[i]), len(whole[i]), pixels)
+                with memory_for("for the optimiser's step", self.bags.device):
+                    self.update(loss)
                 self._log.extend(log)
                 self.step += 1
                 yield
 
-    def _plan(self, step: Sequence[Bag]) -> Plan:
-        """This process's share of a step: batches of the head, and what is looked at of them."""
-        budget, seed = self.config.patch_budget, (self.settings.seed, self.progress.epoch)
-        batches = chunks(self.ranks.share(step), int(self.config.batch_size))
-        held, learns = self.settings.pixel_mb << 20, bool(self.names)
-        plan = []
-        for bags in (micro for batch in batches for micro in micro_batches(batch, budget)):
-            sight = sight_of(self.live, self.bags.pixels, bags, held, self._augmentation, seed, learns)
-            plan.append((bags, sight))
-        return plan
+    def plan(self, step: Sequence[Bag]) -> Plan:
+        """This process's share of a step; see `Step.plan`."""
+        return self._step.plan(step, self.progress.epoch)
 
-    def _accumulate(
+    def accumulate(
         self, plan: Plan, cases: int, pixels: Iterator[NDArray[np.uint8]]
     ) -> tuple[EpochLog, torch.Tensor]:
-        """The gradient of a step's share, and what was seen; its loss is divided by the step's cases."""
-        device, head, epoch = self.bags.device, self.model.head, self.progress.epoch
-        schedule, log = head.schedule(epoch, self.config.epochs), EpochLog()
-        summed = torch.zeros((), dtype=self.live.dtype, device=device)
-        self.optimizer.zero_grad(set_to_none=True)
-        for number, (bags, sight) in enumerate(plan):
-            seed = self._seed(number)
-            passes = TwoPass(self.live, sight, pixels, seed) if self.names else None
-            features = self.live.embed(sight, pixels) if passes is None else passes.features
-            if self._following is not None:
-                self._following.add(features)
-            batch = batch_of(bags, features)
-            with seeded(device, seed), autocast(device, self.config.amp):
-                output = head(batch, **schedule)
-            terms = self.objective(output, batch, epoch)
-            total = terms.total(cases)
-            torch.autograd.backward(self.scaler.scale(total))
-            if passes is not None:
-                passes.backward()
-            summed += total.detach()
-            log.add(output, batch, terms)
-        return log, summed
+        """The gradient of a step's share; see `Step.accumulate`."""
+        return self._step.accumulate(plan, cases, pixels, self.progress.epoch, self.step)
 
-    def _seed(self, number: int) -> int:
-        """Of all that a micro-batch draws."""
-        where = [self.settings.seed, self.progress.epoch, self.step, self.ranks.rank, number]
-        return int(np.random.SeedSequence(where).generate_state(1, np.uint64)[0] >> 1)
+    def update(self, loss: torch.Tensor) -> None:
+        """The optimiser's step, by the gradients of all processes.
 
-    def _update(self, loss: torch.Tensor) -> None:
-        """The optimiser's step, by the gradients of all processes."""
+        Args:
+            loss: Of this process's share; becomes that of the step.
+        """
         for parameter in self._own:
             if parameter.grad is None:  # no case here had a use for it; others may have
                 parameter.grad = torch.zeros_like(parameter)
-        moments = [] if self._following is None else [self._following.sums()]
+        following = self._step.following
+        moments = [] if following is None else [following.sums()]
+        statistics = [b for norm in self._step.norms for b in norm.buffers() if b.is_floating_point()]
         self.ranks.sum([*(p.grad for p in self._own if p.grad is not None), loss, *moments])
-        rate = float(self.optimizer.param_groups[0]["lr"])
-        self._steps_taken.append((self.progress.epoch, self.step, loss, rate))
+        self.ranks.mean(statistics)
+        self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._steps_taken.append((self.progress.epoch, self.step, loss, self._rates[0]))
         self.scaler.unscale_(self.optimizer)
         self._norms.append(clip_gradient(self._own, self.config))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
-        if self._following is not None:
-            self._following.update(moments[0], self.steps_done)
+        if following is not None:
+            following.update(moments[0], self.steps_done)
         if self.ema is not None:
             self.ema.update_parameters(self.model)
 
@@ -288,13 +290,17 @@ class FineTuning(Course):
             "class_weights": self.class_weights,
             "step": self.step,
             "seconds": self._seconds,
-            "log": self._together(self._log).state(),
+            "cases_a_step": self._size,
+            "rates": self._rates,
+            "log": EpochLog.of(self.ranks.to_first(self._log.state())).state(),
             "norms": [norm.cpu() for norm in self._norms],
             "chunk": self.live.chunk,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
+        # Of as many cases as before, though there may be more or fewer processes now.
+        self._take_steps_of(int(state["cases_a_step"]))
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
@@ -306,5 +312,6 @@ class FineTuning(Course):
         self.step, self._seconds = int(state["step"]), float(state["seconds"])
         # The others have begun theirs anew: what they noted is in the first one's.
         self._log = EpochLog.of([state["log"]] if self.ranks.first else [])
-        self._norms = list(state["norms"])
+        self._norms = [norm.to(self.bags.device) for norm in state["norms"]]
+        self._rates = list(state["rates"])
         self.live.chunk = min(self.live.chunk, int(state["chunk"]))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from featstore.errors import ConfigError, FeatstoreError
+from featstore.extraction.forward import is_out_of_memory
 from heads.config import TrainConfig
 from heads.models.head import Head
 from heads.models.standardize import Standardize, usable_deviation
@@ -86,29 +88,37 @@ def make_optimizer(model: Model, train: TrainConfig, settings: FinetuneConfig) -
 class Following:
     """Keeps a head's standardisation with its backbone: moving averages of the features' moments.
 
-    After step n (from 0), mean ← mean + m (mean of the step's features − mean), likewise the variance,
-    with m = max(0.1, 1 / (n + 1)): at the first step all of it is new. In BatchNorm's manner, but what
-    is learned from is standardised by the averages, as in evaluation, and no gradient passes.
+    After step n (from 0), with the step's features x, E[x] ← (1 − m) E[x] + m mean(x), likewise
+    E[x²], m = 0.1; the deviation is √(E[x²] − E[x]²), so that what lies between cases of different
+    steps counts. What is learned from is standardised by the averages, as in evaluation, and no
+    gradient passes.
 
     Args:
         standardize: The head's; its buffers are changed.
+        anew: Begin with the features of the first steps, m = max(0.1, 1 / (n + 1)), and not with the
+            run's: where BatchNorm learns, they may have nothing in common.
     """
 
-    def __init__(self, standardize: Standardize) -> None:
-        self._standardize = standardize
-        self._steps: list[torch.Tensor] = []
+    def __init__(self, standardize: Standardize, anew: bool) -> None:
+        self._standardize, self._anew = standardize, anew
+        self.forget()
+
+    def forget(self) -> None:
+        """Take back what was noted since the last step."""
+        mean = self._standardize.mean
+        self._sums = torch.zeros(1 + 2 * len(mean), dtype=torch.float64, device=mean.device)
 
     def add(self, features: torch.Tensor) -> None:
         """Note (P, D) features of the step."""
-        x = features.detach().double()
+        # About the mean of now, so that float32 loses nothing in the squares.
+        x = features.detach() - self._standardize.mean
         count = x.new_full((1,), len(x))
-        self._steps.append(torch.cat((count, x.sum(0), x.square().sum(0))))
+        self._sums += torch.cat((count, x.sum(0), x.square_().sum(0)))
 
     def sums(self) -> torch.Tensor:
         """(1 + 2 D,) number, sum and sum of squares of what was noted; to be summed over processes."""
-        size = 1 + 2 * len(self._standardize.mean)
-        none = torch.zeros(size, dtype=torch.float64, device=self._standardize.mean.device)
-        found, self._steps = sum(self._steps, start=none), []
+        found = self._sums
+        self.forget()
         return found
 
     @torch.no_grad()
@@ -119,12 +129,11 @@ class Following:
             sums: Of all processes.
             step: Of the whole training, from 0.
         """
-        held, momentum = self._standardize, max(0.1, 1 / (step + 1))
-        count, (total, square) = sums[0], sums[1:].view(2, -1)
-        mean = total / count
-        variance = (square / count - mean.square()).clamp_min(0)
-        moved = held.std.double().square().lerp(variance, momentum).sqrt()
-        held.mean.lerp_(mean.to(held.mean.dtype), momentum)
+        held, momentum = self._standardize, max(0.1, 1 / (step + 1)) if self._anew else 0.1
+        shift, square = (sums[1:] / sums[0]).view(2, -1)
+        about = torch.lerp(held.std.double().square(), square, momentum)
+        moved = (about - (momentum * shift).square()).clamp_min(0).sqrt()
+        held.mean += (momentum * shift).to(held.mean.dtype)
         held.std.copy_(usable_deviation(moved))
 
 
@@ -149,6 +158,42 @@ def rate_course(settings: FinetuneConfig, total: int) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1.0, total - rising))))
 
     return rate
+
+
+class OutOfMemory(Exception):
+    """Memory ran out where less can be done at once."""
+
+
+@contextmanager
+def halving() -> Iterator[None]:
+    """Raises `OutOfMemory` for any of the errors that say so."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory from error
+        raise
+
+
+@contextmanager
+def memory_for(what: str, device: torch.device) -> Iterator[None]:
+    """Where nothing smaller can be tried: the libraries' errors about memory, in words.
+
+    Args:
+        what: Was being done.
+        device: Where.
+    """
+    try:
+        with halving():
+            yield
+    except OutOfMemory as error:
+        raise FeatstoreError(
+            f"{device} has too little memory {what}",
+            expected="memory for the model, its optimiser, and one case's features",
+            where="finetune.chunk, train.patch_budget, finetune.unfreeze",
+            fix="a smaller --chunk, --unfreeze last:1, another --device, or free the memory; then go on: "
+            "featstore finetune --resume RUN",
+        ) from error
 
 
 def no_memory(device: torch.device) -> FeatstoreError:

@@ -31,7 +31,8 @@ from heads.training.course import seeded
 from heads.training.optimizer import Amp, autocast
 
 Index = NDArray[np.int64]
-# Bytes that a forward pass with its gradient takes for each pixel of its input: measured at 224 px.
+# Bytes that a forward pass with its gradient may take for each pixel of its input: ten times what
+# extraction reckons with for a forward pass alone. Where it is too few the chunk is halved.
 _GRADIENT_BYTES = 4000
 _CPU_CHUNK, _MOST_ON_CPU, _MOST_ON_GPU = 16, 128, 512
 
@@ -69,6 +70,7 @@ class LiveBackbone:
         device: Where it runs.
         amp: Precision; settled, not ``auto``.
         chunk: Patches of the usual size that are computed at once.
+        least: Fewer are not computed alone, but with others: BatchNorm in training needs two.
 
     Attributes:
         module: Normalised patches to features.
@@ -76,12 +78,14 @@ class LiveBackbone:
         dtype: Of the parameters.
     """
 
-    def __init__(self, backbone: Backbone, device: torch.device, amp: Amp, chunk: int) -> None:
+    def __init__(
+        self, backbone: Backbone, device: torch.device, amp: Amp, chunk: int, least: int = 1
+    ) -> None:
         self.module: nn.Module = backbone.module.to(device)
         if device.type == "cuda":  # on a CPU, channels_last is slower with a gradient
             self.module = self.module.to(memory_format=torch.channels_last)
         self.device, self.amp, self.chunk, self.dim = device, amp, chunk, backbone.dim
-        self.preprocessing = backbone.preprocessing
+        self.preprocessing, self.least = backbone.preprocessing, least
         self.dtype = next(iter(self.module.parameters())).dtype
 
     def pieces(self, sizes: Index) -> list[Index]:
@@ -97,6 +101,7 @@ class LiveBackbone:
             members = np.flatnonzero(number.ravel() == each)
             height, width = sizes[members[0]].tolist()
             count = -(-len(members) // budgeted_patches(self.chunk, usual, height, width))
+            count = max(1, min(count, len(members) // self.least))
             # Strides, so that each is of all the cases: BatchNorm in training would otherwise take out
             # what tells one case from another.
             found += [members[i::count] for i in range(count)]

@@ -19,6 +19,7 @@ import torch
 from torch import distributed
 
 from featstore.errors import ConfigError
+from featstore.extraction.forward import is_out_of_memory
 from heads.training.course import TrainingError
 
 T = TypeVar("T")
@@ -63,6 +64,12 @@ class Ranks:
                 for tensor, part in zip(bucket, parts, strict=True):
                     tensor.copy_(part.view_as(tensor))
 
+    def mean(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace tensors by their means over all processes, in place; errors as `sum`."""
+        if self.count > 1 and tensors:
+            self.sum(tensors)
+            torch._foreach_div_(list(tensors), self.count)
+
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """Whether each flag is set in any process; no GPU waits for the answer."""
         if self.count == 1:
@@ -80,6 +87,15 @@ class Ranks:
         with _together():
             distributed.all_gather_object(found, mine)
         return found
+
+    def to_first(self, mine: T) -> list[T]:
+        """What every process has, in order of rank, in the first one; nothing in the others."""
+        if self.count == 1:
+            return [mine]
+        found: list[Any] | None = [None] * self.count if self.first else None
+        with _together():
+            distributed.gather_object(mine, found, 0)
+        return found or []
 
     def from_first(self, mine: T) -> T:
         """What the first process has."""
@@ -136,6 +152,8 @@ def _together() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, OSError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TrainingError(
             f"another process of this training has ended, or cannot be reached ({reason})",

@@ -80,11 +80,11 @@ def main() -> None:
 TUNING: dict[str, Any] = {
     "unfreeze": "all",
     "batch_norm": "train",
-    "backbone_lr": 3e-4,
+    "backbone_lr": 3e-5,
     "batch_size": 4,
     "chunk": 128,
     "epochs": 20,
-    "patience": 8,
+    "patience": 5,
     "patches_per_case": 128,
     "ema_decay": 0.9,
 }
@@ -285,10 +285,10 @@ def step(name: str, size: int, patches: int, amp: str, device: str) -> dict[str,
         torch.nn.functional.cross_entropy(logits.float(), label).backward()
 
     def ours() -> None:
-        plan = training._plan([bags["0"]])
+        plan = training.plan([bags["0"]])
         asked = (chunk for _, sight in plan for chunk in sight.requests())
-        _, loss = training._accumulate(plan, 1, training.bags.pixels.read(asked))
-        training._update(loss)
+        _, loss = training.accumulate(plan, 1, training.bags.pixels.read(asked))
+        training.update(loss)
 
     times = {"bare": [], "ours": []}
     for round_ in range(4 if device == "cpu" else 20):

@@ -1,7 +1,9 @@
 """One process of a fine-tuning under torchrun: trains in float64, and writes every step's loss.
 
-Usage: torchrun … rank_worker.py FOLDER OUT EPOCHS STATE KILL, with the step before which rank 1 is
-killed (-1: never), and a state file to resume from, if it is there, and to save after every step.
+Usage: torchrun … rank_worker.py FOLDER OUT EPOCHS STATE KILL SETTINGS
+
+KILL is the step before which rank 1 is killed (-1: never); STATE a file to resume from, if it is there,
+and to save to after every step; SETTINGS of fine-tuning, as JSON.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,15 +23,15 @@ from heads.training.ranks import joined
 from tests.heads.finetuned import Cached, make_finetuning, numbers
 
 
-def main(folder: Path, out: Path, epochs: int, state: Path, kill: int) -> int:
+def main(folder: Path, out: Path, epochs: int, state: Path, kill: int, settings: dict[str, Any]) -> int:
     torch.set_num_threads(1)
     cached = Cached(folder, Store.open(folder / "store"))
     with joined("cpu") as (ranks, device):
         assert device == "cpu"
+        own = {"batch_size": 2 // ranks.count, "backbone_lr": 1e-4, "augment_jitter": 0.2, **settings}
         training = make_finetuning(
-            cached, "hierarchical", torch.float64, ranks=ranks, epochs=epochs, patience=None,
-            batch_size=2 // ranks.count, backbone_lr=1e-4, augment_jitter=0.2,
-        )  # fmt: skip
+            cached, "hierarchical", torch.float64, ranks=ranks, epochs=epochs, patience=None, **own
+        )
         if state.is_file():
             training.load_state(torch.load(state, weights_only=True))
 
@@ -49,11 +52,14 @@ def main(folder: Path, out: Path, epochs: int, state: Path, kill: int) -> int:
             losses = [float(loss) for *_, loss, _ in training.take_steps()]
             rows = [{k: v for k, v in row.items() if k != "seconds"} for row in training.progress.history]
             weights = numbers(dict(training.kept())).tolist()
-            out.write_text(json.dumps({"losses": losses, "history": rows, "weights": weights}))
+            found = {"losses": losses, "history": rows, "weights": weights}
+            out.write_text(json.dumps(found))
+        own_weights = numbers(training.model.state_dict()).tolist()
+        alike = [weights == own_weights for weights in ranks.gather(own_weights)]
+        assert all(alike), "the processes' models are not the same"
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(
-        main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]))
-    )
+    folder, out, epochs, state, kill, settings = sys.argv[1:]
+    sys.exit(main(Path(folder), Path(out), int(epochs), Path(state), int(kill), json.loads(settings)))

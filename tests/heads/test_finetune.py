@@ -6,6 +6,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from featstore.resident import CaseBags
 from heads.config import FinetuneConfig
 from heads.finetune_start import _precision
 from heads.models.standardize import Standardize
+from heads.training.blocks import set_mode
 from heads.training.course import TrainingError
 from heads.training.finetune import FineTuning
 from heads.training.finetune_data import attention_of, draw
-from heads.training.finetune_model import Following, rate_course
+from heads.training.finetune_model import Following, OutOfMemory, rate_course
 from tests.heads.finetuned import (
     BACKBONE,
     LABELS,
@@ -225,9 +227,83 @@ def test_other_errors_are_not_taken_for_memory(cached: Cached) -> None:
 
 def test_a_loss_that_is_no_number_ends_the_training(cached: Cached) -> None:
     training = make_finetuning(cached, backbone_lr=1e30, grad_clip=0)
-    with pytest.raises(TrainingError, match="no longer a number") as error:
+    with pytest.raises(TrainingError, match="no longer a number in step") as error:
         training.run()
     assert "finetune.backbone_lr" in str(error.value)
+    assert "--finish" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"batch_norm": "train"}, {"standardize": "follow", "gradient_accumulation_steps": 3, "batch_size": 1}],
+)
+def test_a_step_that_ran_out_of_memory_leaves_nothing_behind(
+    cached: Cached, settings: dict[str, Any]
+) -> None:
+    """The second try, with the same chunk, gives what a first one gives."""
+    found = []
+    for fails in (False, True):
+        training = make_finetuning(cached, chunk=100, **settings)
+        training._begin_epoch()
+        set_mode(training._network, training.settings.batch_norm)
+        plan = training.plan(training.data.epoch(0)[:3])
+        if fails:
+            calls = Counter[str]()
+
+            def hook(module: Any, inputs: Any, calls: Counter[str] = calls, last: int = len(plan)) -> None:
+                calls["head"] += 1
+                if calls["head"] == last:  # after everything before it was done
+                    raise RuntimeError("not enough memory")
+
+            handle = training.model.head.register_forward_pre_hook(hook)
+            with pytest.raises(OutOfMemory):
+                run_step(training, plan)
+            handle.remove()
+        loss = run_step(training, plan)
+        training.update(loss)
+        found.append((float(loss), numbers(training.model.state_dict())))
+    assert found[0][0] == found[1][0]
+    assert np.array_equal(found[0][1], found[1][1])
+
+
+def run_step(training: FineTuning, plan: Any) -> torch.Tensor:
+    training.optimizer.zero_grad(set_to_none=True)
+    asked = (chunk for _, sight in plan for chunk in sight.requests())
+    with closing(training.bags.pixels.read(asked)) as pixels:
+        return training.accumulate(plan, 3, pixels)[1]
+
+
+@pytest.mark.parametrize("where", ["_validate", "update"])
+def test_memory_that_runs_out_elsewhere_is_told(
+    cached: Cached, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    training = make_finetuning(cached)
+    monkeypatch.setattr(training, where, fail)
+    with pytest.raises(FeatstoreError, match="too little memory") as error:
+        training.run()
+    assert "--resume" in str(error.value)
+
+
+def test_batch_norm_has_two_patches_at_least(cached: Cached) -> None:
+    training = make_finetuning(cached, batch_norm="train", chunk=3, epochs=1, patches_per_case=7)
+    training.run()  # 7 patches would be 3, 3 and 1
+    lone = make_finetuning(cached, batch_norm="train", epochs=1, patches_per_case=1)
+    with pytest.raises(ConfigError, match="single number a channel"):
+        lone.run()
+
+
+def test_the_rate_that_is_logged_is_the_one_learned_with(cached: Cached) -> None:
+    training = make_finetuning(cached, epochs=2, backbone_lr=1e-3)
+    training.run()
+    last = [lr for epoch, _, _, lr in training.take_steps() if epoch == 1][-1]
+    assert training.progress.history[-1]["lr"] == last > 0
+    solved = make_finetuning(cached, "linear", epochs=1)
+    solved.run()
+    assert "penalty" not in solved.progress.history[0]
+    assert "lr" in solved.progress.to_text(1)
 
 
 def test_a_patch_that_cannot_be_read_ends_the_training(cached: Cached, tmp_path: Any) -> None:
@@ -281,22 +357,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_the_heads_standardisation_follows_the_features(cached: Cached) -> None:
-    """Moving averages of mean and variance, against NumPy, and all of it new at the first step."""
+@pytest.mark.parametrize("anew", [True, False])
+def test_the_heads_standardisation_follows_the_features(cached: Cached, anew: bool) -> None:
+    """Moving averages of x and x², against NumPy; anew: all of it new at the first step."""
     rng = np.random.default_rng(0)
     standardize = Standardize(3)
-    following = Following(standardize)
-    mean, variance = np.zeros(3), np.ones(3)
+    standardize.mean.fill_(0.5)
+    standardize.std.fill_(2.0)
+    following = Following(standardize, anew)
+    mean, square = np.full(3, 0.5), np.full(3, 4.25)
     for step in range(25):
         parts = [rng.normal(step, 1 + step, size=(n, 3)) for n in (4, 7)]
+        following.add(torch.full((2, 3), 99.0))
+        following.forget()  # of a step that failed
         for part in parts:
             following.add(torch.tensor(part, dtype=torch.float32))
         following.update(following.sums(), step)
-        x, momentum = np.concatenate(parts).astype(np.float32), max(0.1, 1 / (step + 1))
+        x, momentum = np.concatenate(parts), max(0.1, 1 / (step + 1)) if anew else 0.1
         mean += momentum * (x.mean(0) - mean)
-        variance += momentum * (x.var(0) - variance)
+        square += momentum * (np.square(x).mean(0) - square)
         np.testing.assert_allclose(standardize.mean.numpy(), mean, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(standardize.std.numpy(), np.sqrt(variance), rtol=1e-4)
+        np.testing.assert_allclose(standardize.std.numpy(), np.sqrt(square - mean**2), rtol=1e-4)
     assert not following.sums().any()
 
 
@@ -316,7 +397,7 @@ def test_it_follows_where_batch_norm_learns_or_when_asked(
 
 def test_chunks_are_of_all_cases(cached: Cached) -> None:
     training = make_finetuning(cached, batch_size=3, chunk=6)
-    ((bags, sight),) = training._plan(training.data.epoch(0)[:3])
+    ((bags, sight),) = training.plan(training.data.epoch(0)[:3])
     of_case = np.repeat(np.arange(3), [len(bag) for bag in bags])
     assert len(sight.pieces) == 4
     assert all(set(of_case[piece]) == {0, 1, 2} for piece in sight.pieces)

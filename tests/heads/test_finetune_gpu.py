@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -61,12 +62,26 @@ def test_in_a_step_the_host_waits_for_nothing(cached: Cached, chunk: int) -> Non
     training = on_gpu(cached, "bf16", chunk=chunk)
     step = [training.bags.outlines[case] for case in SPLIT.train[:2]]
     for check in (False, True):  # the first one compiles, copies constants, and may wait
-        plan = training._plan(step)
+        plan = training.plan(step)
         asked = (c for _, sight in plan for c in sight.requests())
         with closing(training.bags.pixels.read(asked)) as pixels:
             torch.cuda.set_sync_debug_mode("error" if check else "default")
             try:
-                _, loss = training._accumulate(plan, 2, pixels)
-                training._update(loss)
+                _, loss = training.accumulate(plan, 2, pixels)
+                training.update(loss)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+
+def test_it_goes_on_within_an_epoch(cached: Cached) -> None:
+    first = on_gpu(cached)
+    received: list[int] = []
+    first.run(stop=received, after_step=lambda training: received.append(15))
+    file = io.BytesIO()
+    torch.save(first.state(), file)
+    file.seek(0)
+    second = on_gpu(cached)
+    second.load_state(torch.load(file, weights_only=True))
+    second.run()
+    assert second.finished
+    assert second.progress.history[0]["grad_norm"] > 0

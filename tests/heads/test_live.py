@@ -16,6 +16,7 @@ from featstore.resident import CaseBags
 from heads.training.course import seeded
 from heads.training.live import TwoPass, choose_chunk, sight_of
 from heads.training.live_bags import batch_of
+from heads.training.ranks import Ranks
 from tests import helpers
 from tests.heads.finetuned import CASES, LABELS, SPLIT, Cached, make_cached, make_finetuning
 from tests.heads.planted import HEADS, POOLS
@@ -162,15 +163,27 @@ def test_statistics_of_batch_norm_are_updated_once_a_step(cached: Cached) -> Non
     norms = [m for m in training.live.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.train()
+    first, seen = norms[0], list[torch.Tensor]()
+    expected = first.running_mean.clone()
+    handle = first.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].detach().clone()))
     gradients(training, 5)
-    pieces = len(sight_of(training.live, training.bags.pixels, [
-        training.bags.outlines[case] for case in SPLIT.train
-    ]).pieces)  # fmt: skip
+    handle.remove()
+    pieces = len(seen) // 2
     assert {int(norm.num_batches_tracked) for norm in norms} == {pieces}
+    for x in seen[pieces:]:  # of the second pass
+        expected = 0.9 * expected + 0.1 * x.mean(dim=(0, 2, 3))
+    torch.testing.assert_close(first.running_mean, expected)
     frozen = make_finetuning(cached, "mean", batch_norm="frozen")
     before = {n: b.clone() for n, b in frozen.live.module.named_buffers()}
     frozen.run()
     assert all(torch.equal(b, before[n]) for n, b in frozen.live.module.named_buffers())
+
+
+def test_every_step_process_and_batch_draws_its_own_dropout(cached: Cached) -> None:
+    step = make_finetuning(cached)._step
+    seeds = {step.seed(epoch, number, micro) for epoch in (0, 1) for number in (0, 1) for micro in (0, 1)}
+    other = make_finetuning(cached, ranks=Ranks(1, 2))._step
+    assert len(seeds | {other.seed(0, 0, 0)}) == 9
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -28,7 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def train(folder: Path, name: str, count: int, kill: int = -1, epochs: int = EPOCHS) -> tuple[Any, Path]:
+def train(
+    folder: Path, name: str, count: int, kill: int = -1, epochs: int = EPOCHS, **settings: Any
+) -> tuple[Any, Path]:
     """Train in so many processes; what the run said, and where its result is."""
     out, state = folder / f"{name}.json", folder / f"{name}.pth"
     worker = [str(helpers.ROOT / "tests/heads/rank_worker.py"), str(folder), str(out), str(epochs)]
@@ -41,7 +43,7 @@ def train(folder: Path, name: str, count: int, kill: int = -1, epochs: int = EPO
         str(count),
     ]
     done = subprocess.run(
-        [*torchrun, *worker, str(state), str(kill)],
+        [*torchrun, *worker, str(state), str(kill), json.dumps(settings)],
         env={**os.environ, "PYTHONPATH": str(helpers.ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -85,12 +87,27 @@ def test_one_killed_the_other_says_so_and_they_go_on(folder: Path, alone: dict[s
 
 @pytest.mark.slow
 def test_what_two_processes_wrote_one_goes_on_with(folder: Path, alone: dict[str, Any]) -> None:
-    done, _ = train(folder, "fewer", 2, kill=4)
+    """With one case a batch either way: a step keeps its two cases, whoever computes them."""
+    done, _ = train(folder, "fewer", 2, kill=4, batch_size=1)
     assert done.returncode != 0
-    done, out = train(folder, "fewer", 1)
+    done, out = train(folder, "fewer", 1, batch_size=1)
     assert done.returncode == 0, done.stderr
     losses = json.loads(out.read_text())["losses"]
     np.testing.assert_allclose(losses, alone["losses"][-len(losses) :], rtol=1e-5)
+    done, _ = train(folder, "more", 1, epochs=1, batch_size=2)
+    assert done.returncode == 0
+    done, out = train(folder, "more", 2, batch_size=2)
+    assert done.returncode == 0, done.stderr
+    losses = json.loads(out.read_text())["losses"]
+    np.testing.assert_allclose(losses, alone["losses"][-len(losses) :], rtol=1e-3)
+
+
+def test_statistics_and_averages_are_the_same_in_all_processes(folder: Path) -> None:
+    """The worker compares every process's whole model, buffers of BatchNorm and standardisation too."""
+    settings = {"batch_norm": "train", "ema_decay": 0.5, "chunk": 8}
+    done, out = train(folder, "statistics", 2, epochs=2, **settings)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(out.read_text())["losses"]) == 6
 
 
 def test_one_process_needs_no_other() -> None:
