@@ -234,7 +234,7 @@ def train_head(
     call.answer(train(call.config, call.project, folds, seeds, resume, call.tell, show))
 
 
-@command(("finetune", "runs"), presets=_gpu("finetune"))
+@command(("finetune", "runs", "backbone", "patches"), presets=_gpu("finetune"))
 def finetune(
     call: Call[Config],
     run: Path | None = typer.Argument(None, help="run to start from (default: the newest finished one)"),

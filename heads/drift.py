@@ -102,6 +102,7 @@ def drift_project(
         FeatstoreError: A store cannot be used, or they have no patch in common; the head of the config
             cannot be built. Labels or splits that cannot be used are a note in the report.
     """
+    _check_asked(config, project, out, neighbours, sample)
     stores = (Store.open(a), Store.open(b))
     folder = project / FOLDER / _name(a, b) if out is None else out
     _refuse_inside(folder, stores)
@@ -120,6 +121,29 @@ def drift_project(
     elif downstream:
         trained = _trained(mine, project, found, seeds, notes, tell)
     return _written(DriftReport(found, trained, (), tuple(notes)), folder)
+
+
+def _check_asked(config: Config, project: Path, out: Path | None, neighbours: int, sample: int) -> None:
+    """Raises ConfigError for what is named and not there, before hours of work."""
+    splits = config.train.load_splits
+    if splits is not None and not (project / splits).exists():
+        raise ConfigError(
+            f"there is no {splits}",
+            expected="a file of a split, or a folder of them",
+            where="train.load_splits",
+            fix="check the path, or compare no head: --no-downstream",
+        )
+    if out is not None and out.exists() and not out.is_dir():
+        raise ConfigError(
+            f"{out} is a file", expected="a folder to write to", where="--out", fix="--out FOLDER"
+        )
+    if sample > 1 and neighbours >= sample:
+        raise ConfigError(
+            f"{neighbours} neighbours among {sample} patches: all would be neighbours",
+            expected="far fewer neighbours than patches",
+            where="--neighbours, --sample",
+            fix="--neighbours 10 --sample 5000",
+        )
 
 
 def _device(name: str) -> torch.device:

@@ -8,20 +8,20 @@ embeddings of its own backbone, which is exported beside it: once they are cache
 from __future__ import annotations
 
 import copy
-import shlex
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from featstore.backbones.exported import export_again
 from featstore.backbones.weights import state_sha256
 from featstore.process import stop_on_signal
+from featstore.spec import EmbeddingSpec
 from heads.config import Config
 from heads.evaluation.checkpoints import identity_of, load_state, save_state
-from heads.evaluation.results import Evaluation, evaluate_heads, write_results
+from heads.evaluation.results import evaluate_heads, write_results
 from heads.evaluation.runs import (
     RunError,
     RunFolder,
@@ -32,6 +32,7 @@ from heads.evaluation.runs import (
     read_about,
     write_json,
 )
+from heads.finetune_result import FineTuned
 from heads.finetune_start import Start, open_resumed, open_start
 from heads.finetune_states import Saver, check_state
 from heads.run import begin
@@ -42,59 +43,6 @@ from heads.training.finetune_model import memory_for
 from heads.training.ranks import Ranks, joined
 
 BACKBONE = "backbone"  # folder of the export, in the run's
-
-
-@dataclass(frozen=True)
-class FineTuned:
-    """What a fine-tuning did.
-
-    Attributes:
-        run: The folder.
-        evaluation: Of the fine-tuned model on the test cases; None if it was interrupted.
-        interrupted: The signal that ended it early; None if it was not.
-        steps: Steps done.
-        export: The exported backbone, relative to the project; empty if it was interrupted.
-        store: Where its embeddings are to be cached.
-        fingerprint: Of these embeddings.
-        changed: Patches that are no longer the files that were embedded.
-    """
-
-    run: RunFolder
-    evaluation: Evaluation | None
-    interrupted: int | None
-    steps: int
-    export: str = ""
-    store: str = ""
-    fingerprint: str = ""
-    changed: int = 0
-
-    def to_text(self) -> str:
-        """The results and what to do next, or how to go on."""
-        if self.evaluation is None:
-            return (
-                f"interrupted after {self.steps} steps\n"
-                f"to go on: featstore finetune --resume {self.run.path}"
-            )
-        export, store = shlex.quote(self.export), shlex.quote(self.store)
-        return (
-            f"{self.evaluation.to_text()}\n"
-            f"  the backbone is in {self.export} (fingerprint {self.fingerprint[:12]})\n"
-            "to cache with it, in the project's folder:\n"
-            f"  featstore extract --backbone {export} --store {store}\n"
-            f"then: featstore train-head --store {store}, or featstore evaluate {self.run.path.name}"
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The same as JSON types."""
-        if self.evaluation is None:
-            return {"run": str(self.run.path), "steps": self.steps, "interrupted": self.interrupted}
-        own: dict[str, Any] = {
-            "backbone": self.export,
-            "store": self.store,
-            "fingerprint": self.fingerprint,
-        }
-        own |= {"changed_files": self.changed}
-        return {**self.evaluation.to_json(), **own, "interrupted": None}
 
 
 def finetune_project(
@@ -133,7 +81,7 @@ def finetune_project(
             update={"finetune": config.finetune.model_copy(update={"device": device})}
         )
         if not ranks.first:
-            tell = observe = watch = lambda *said: None
+            tell, observe, watch = _quiet, _quiet, _quiet
         if resume is not None:
             run = find_run(project / config.runs.path, resume, finished=False)
             if ranks.first:
@@ -154,7 +102,7 @@ def finetune_project(
         if finish:
             _check_finishable(run, training)
         else:
-            interrupted = _train(run, start, ranks, observe, watch)
+            interrupted = _train(run, start, ranks, tell, observe, watch)
         changed = sorted({path for found in ranks.gather(start.pixels.changed) for path in found})
         if not ranks.first:
             return None
@@ -169,6 +117,7 @@ def _train(
     run: RunFolder,
     start: Start,
     ranks: Ranks,
+    tell: Callable[[str], None],
     observe: Callable[[Progress, int], None],
     watch: Callable[[int, int], None],
 ) -> int | None:
@@ -176,6 +125,13 @@ def _train(
     training = start.training
     with stop_on_signal() as received:
         saver = Saver(run, _state_path(run), start.identity, start.settings, ranks, observe, watch)
+        if not training.steps_done:
+            loss = training.before()
+            if ranks.first:
+                about = read_about(run)
+                about["finetuned"]["val_loss_before"] = loss
+                write_json(run.about, about)
+            tell(f"validation loss before any step: {loss:.4f}")
         saver.save(training)  # so that one that is killed at once can be resumed too
         training.run(saver.after_epoch, received, saver.after_step)
         saver.save(training)
@@ -194,13 +150,17 @@ def _check_finishable(run: RunFolder, training: FineTuning) -> None:
         )
 
 
+def _quiet(*said: object) -> None:
+    """What processes other than the first have to say."""
+
+
 def _state_path(run: RunFolder) -> Path:
     return run.path / "checkpoints" / "finetune.pth"
 
 
 def _new_run(start: Start, project: Path, config: Config) -> Path:
     """A new folder with everything that says what is trained on what."""
-    run = RunFolder(new_folder(project / start.config.runs.path, "finetune", config.runs.suffix))
+    run = RunFolder(new_folder(project / config.runs.path, "finetune", config.runs.suffix))
     (run.path / "checkpoints").mkdir()
     export = _relative(run.path / BACKBONE, project)
     backbone = start.config.backbone.model_copy(update={"name": export})
@@ -231,7 +191,8 @@ def _announcement(run: RunFolder, start: Start, ranks: Ranks) -> str:
     return (
         f"{run.path}: from {start.source}; of {start.backbone.name} learns {learns}; {head}; "
         f"{each} a case and epoch, {training.live.chunk} at once; {training.bags.device}, "
-        f"{training.config.amp if training.config.amp != 'off' else 'float32'}{together}"
+        f"{training.config.amp if training.config.amp != 'off' else 'float32'}{together}\n"
+        f"should it be interrupted: featstore finetune --resume {run.path.name}"
     )
 
 
@@ -265,10 +226,16 @@ def _finish(
     )
     changed = sorted({*changed, *start.pixels.changed})
     _tell_changed(changed, tell)
-    training.model.load_state_dict(training.best)
-    export, fingerprint = _export(run, start, project)
     about = read_about(run)
-    about["store"]["fingerprint"] = fingerprint
+    before, best_loss = about["finetuned"].get("val_loss_before"), training.progress.best_val_loss
+    if before is not None and best_loss >= before:
+        tell(
+            f"warning: no epoch was better than the model that it began with: validation loss "
+            f"{best_loss:.4f}, before any step {before:.4f}"
+        )
+    training.model.load_state_dict(training.best)
+    export, spec = _export(run, start, project)
+    about["store"] |= {"fingerprint": spec.fingerprint, "spec": asdict(spec)}
     about["finetuned"]["changed_files"] = len(changed)
     write_json(run.about, about)
     _save_head(run, training, own, about)
@@ -280,13 +247,13 @@ def _finish(
         training.steps_done,
         _relative(export.parent, project),
         about["store"]["path"],
-        fingerprint,
+        spec.fingerprint,
         len(changed),
     )
 
 
-def _export(run: RunFolder, start: Start, project: Path) -> tuple[Path, str]:
-    """Write the backbone; its description's path, and the fingerprint of embeddings made with it."""
+def _export(run: RunFolder, start: Start, project: Path) -> tuple[Path, EmbeddingSpec]:
+    """Write the backbone; its description's path, and what embeddings made with it are."""
     made_by = {
         "run": run.path.name,
         "from": start.source,
@@ -298,8 +265,7 @@ def _export(run: RunFolder, start: Start, project: Path) -> tuple[Path, str]:
     path = export_again(run.path / BACKBONE, start.backbone, start.backbone_config, project, made_by)
     old = start.spec
     tuned = replace(start.backbone, weights_sha256=state_sha256(start.backbone.network))
-    spec = tuned.spec(old.channel_order, old.compute_dtype, old.stored_dtype, old.runtime)
-    return path, spec.fingerprint
+    return path, tuned.spec(old.channel_order, old.compute_dtype, old.stored_dtype, old.runtime)
 
 
 def _save_head(run: RunFolder, training: FineTuning, config: Config, about: dict[str, Any]) -> None:

@@ -89,6 +89,13 @@ def open_start(
     run = find_run(project / config.runs.path, wanted)
     about = read_about(run)
     refuse_imported(run, about)
+    if "finetuned" in about and not run.finished:
+        raise RunError(
+            f"{run.path.name} is a fine-tuning that is not finished",
+            expected="a finished run",
+            where=str(run.path),
+            fix=f"featstore finetune --resume {run.path.name}",
+        )
     if "finetuned" in about and not (project / read_config(run).store.path).exists():
         raise RunError(
             f"{run.path.name} is a fine-tuning whose embeddings are not cached yet",

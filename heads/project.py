@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from featstore.errors import ConfigError
+from featstore.errors import ConfigError, FeatstoreError
 from featstore.process import stop_on_signal
 from featstore.settings import leaves
 from featstore.store import Store
@@ -124,10 +124,29 @@ def evaluate_project(
     mine = mine.model_copy(update={"runs": mine.runs.model_copy(update=asked)})
     load_plugin(plugin_of(mine, project))
     split = read_own_split(run, about)
-    store = Store.open(project / mine.store.path)
+    store = store_of(config, mine, about, project)
     bags = load_bags(mine, store, about["labels"], tell, about["store"]["fingerprint"])
     check_unchanged(bags, about, tell)
     return evaluate_run(run, mine, about, bags, split, tell, part)
+
+
+def store_of(config: Config, mine: Config, about: dict[str, Any], project: Path) -> Store:
+    """The store of a run: that of the settings of now if it holds what the run is of, else the run's own.
+
+    Args:
+        config: The project's settings.
+        mine: The run's.
+        about: What its `run.json` says.
+        project: The folder that relative paths start from.
+
+    Raises:
+        StoreError: There is none.
+    """
+    with suppress(FeatstoreError):
+        store = Store.open(project / config.store.path)
+        if store.spec.plain.fingerprint == about["store"]["fingerprint"]:
+            return store
+    return Store.open(project / mine.store.path)
 
 
 def tell_unused(config: Config, tell: Callable[[str], None]) -> None:

@@ -13,7 +13,7 @@ from featstore.errors import ConfigError
 from featstore.process import stop_on_signal
 from featstore.resident import CaseBags, memory_budget
 from featstore.store import Store
-from heads.cohort import check_unchanged, describe, labelled_cases, labels_of, load_bags, read_folds, sizes
+from heads.cohort import check_unchanged, describe, labelled_cases, labels_of, load_bags, sizes
 from heads.config import Config, resolved
 from heads.evaluation.compare import Comparison, compare, read_contender
 from heads.evaluation.results import Evaluation, check_threshold
@@ -31,6 +31,7 @@ from heads.project import (
     train_project,
 )
 from heads.run import TrainedRun, prepare, settled
+from heads.splits import read_folds
 from heads.study_trainings import Outcome, process_count, train_in_processes, train_in_turn
 from heads.training.course import Progress
 

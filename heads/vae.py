@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -65,7 +66,8 @@ class TrainedVae:
             lines.append(f"{name}, step {part['step']}, validation images: {terms}")
         lines.append(f"{self.results['steps_per_second']:.2f} steps/s in {self.results['seconds']:.0f} s")
         lines.append(f"written: {self.folder}")
-        lines.append(f"use it: featstore extract --backbone {self.folder / 'backbone'}")
+        export, store = shlex.quote(str(self.folder / "backbone")), f"store_{self.folder.name}"
+        lines.append(f"use it: featstore extract --backbone {export} --store {store}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

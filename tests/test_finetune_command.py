@@ -30,8 +30,8 @@ TUNE = ("--epochs", 1, "--unfreeze", "last:1", "--backbone-lr", 1e-3, "--patches
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with a run of each of two heads; to be copied, not changed."""
-    return project_with(tmp_path_factory.mktemp("trained"), "hierarchical", "abmil")
+    """A project with a run; to be copied, not changed."""
+    return project_with(tmp_path_factory.mktemp("trained"), "abmil")
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_back_to_a_cache_which_says_the_same(tuned: Path) -> None:
     direct = json.loads((run / "results.json").read_text())["test"]
     before = (run / "results.json").read_bytes()
     cached = answer(tuned, "evaluate", f"runs/{run.name}")
-    assert cached["best"]["loss"] == pytest.approx(direct["test_loss"], rel=2e-3)
+    assert cached["best"]["loss"] == pytest.approx(direct["test_loss"], rel=1e-2)
     assert (run / "results.json").read_bytes() == before
     succeeded(tuned, "attention", f"runs/{run.name}")
     with drawing_nothing():
@@ -342,3 +342,30 @@ def test_attended_patches_of_a_head_without_attention(project: Path) -> None:
         assert "no attention" in result.stderr
         (abmil,) = (project / "runs").glob("run_*_abmil")
         succeeded(project, "finetune", abmil, *TUNE, "--sampling", "attended")
+
+
+def test_a_store_of_any_name_is_taken_if_it_holds_what_the_run_is_of(project: Path) -> None:
+    with drawing_nothing():
+        result = succeeded(project, "finetune", *TUNE, "--suffix", "n")
+    assert "validation loss before any step" in result.output
+    run = run_of(project, "n")
+    succeeded(project, "extract", "--backbone", f"runs/{run.name}/backbone", "--store", "mine")
+    direct = json.loads((run / "results.json").read_text())["test"]["test_loss"]
+    found = answer(project, "evaluate", run.name, "--store", "mine")
+    assert found["best"]["loss"] == pytest.approx(direct, rel=1e-2)
+    assert json.loads((run / "run.json").read_text())["store"]["spec"]["backbone"] == "timm:test_resnet"
+
+
+def test_a_worse_model_than_the_first_is_told(project: Path) -> None:
+    with drawing_nothing():
+        result = succeeded(project, "finetune", *TUNE, "--backbone-lr", 0.3, "--head-lr", 0.3)
+    assert "no epoch was better than the model that it began with" in result.output
+
+
+def test_an_unfinished_one_is_sent_on(project: Path) -> None:
+    with drawing_nothing():
+        succeeded(project, "finetune", *TUNE, "--suffix", "u")
+    run = run_of(project, "u")
+    (run / "results.json").unlink()
+    assert f"featstore finetune --resume {run.name}" in refused(project, "finetune", run.name)
+    assert "featstore finetune --resume" in refused(project, "report", run.name)

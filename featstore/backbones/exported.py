@@ -9,6 +9,7 @@ always holds a whole backbone: the old one or the new.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -97,6 +98,7 @@ def export_backbone(
         "weights": weights.name,
         "weights_sha256": digest,
         "description": dict(description),
+        "description_sha256": _digest(description),
         "made_by": dict(made_by or {}),
     }
     with replacing(folder / DESCRIPTION) as aside:
@@ -105,6 +107,10 @@ def export_backbone(
         if other != weights:
             other.unlink(missing_ok=True)
     return folder / DESCRIPTION
+
+
+def _digest(description: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
 def export_again(
@@ -218,6 +224,8 @@ def read_export(path: Path) -> ExportSpec:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(file, f"{type(error).__name__}: {error}") from error
+    if content.get("description_sha256") != _digest(found.description):
+        raise damaged(file, "its description is not what was written")
     if not weights.is_file():
         raise damaged(file, f"its weights, {weights.name}, are missing")
     return found

@@ -41,6 +41,7 @@ class VaeEncoder(nn.Module):
 
     shift: torch.Tensor
     scale: torch.Tensor
+    aside = ("logvar",)  # has no part in the features
 
     def __init__(
         self,

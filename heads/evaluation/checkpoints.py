@@ -242,7 +242,7 @@ def unreadable(path: Path, reason: str) -> RunError:
     """The error for a checkpoint that is none."""
     return RunError(
         f"the checkpoint cannot be read: {reason}",
-        expected="a file that `featstore train-head` wrote",
+        expected="a whole file, as featstore wrote it",
         where=str(path),
         fix="use another run, or train again",
     )

@@ -171,7 +171,8 @@ def _of_directions(drift: Drift) -> list[str]:
         return ["Embeddings that are all the same have no direction to compare."]
     moved = "hardly moved" if centred >= _NEAR else "moved" if centred >= _SOME else "moved far"
     return [
-        f"Single embeddings have {moved}: half of the patches have a centred cosine above {centred:.2f}."
+        f"Single embeddings have {moved}: half of the patches have a centred cosine above "
+        + (f"{centred:.2f}." if centred < 0.995 else f"1 − {max(1 - centred, 0):.1e}.")
     ]
 
 

@@ -81,6 +81,11 @@ class RunFolder:
         return study if (study / STUDY).is_file() else self.path
 
     @property
+    def command(self) -> str:
+        """What goes on with it."""
+        return "finetune" if self.path.name.startswith("finetune_") else "train-head"
+
+    @property
     def finished(self) -> bool:
         """Whether the run was trained and evaluated to the end."""
         return self.results.is_file()

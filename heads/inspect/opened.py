@@ -25,7 +25,7 @@ from heads.config import Config
 from heads.evaluation.checkpoints import identity_of, load_best_of, load_state
 from heads.evaluation.runs import RunError, RunFolder, find_run, read_about, read_own_split
 from heads.models.head import Head, load_plugin
-from heads.project import on_this_machine, own_config, plugin_of
+from heads.project import on_this_machine, own_config, plugin_of, store_of
 from heads.training.data import micro_batches
 
 PARTS = ("test", "val", "train", "all")
@@ -156,7 +156,7 @@ def open_run(
         remarks.append(text.removeprefix("warning: "))
         tell(text)
 
-    store = Store.open(project / mine.store.path)
+    store = store_of(config, mine, about, project)
     cases = _there(store, _chosen(run, about, wanted, config.patches.normalize_cases), remark)
     labels = {case: about["labels"][case] for case in cases}
     bags = load_bags(mine, store, labels, tell, about["store"]["fingerprint"])

@@ -44,6 +44,14 @@ def blocks_of(network: nn.Module) -> list[Block]:
         What stands before the first numbered part is the block ``stem``. Final norms belong to the
         last block: a norm alone would be a block that changes next to nothing.
     """
+    aside = tuple(f"{name}." for name in getattr(network, "aside", ()))
+    if aside:
+        # No part of the features, as the log-variance of a VAE's encoder.
+        return [block for block in _blocks_of(network) if not block.parameters[0].startswith(aside)]
+    return _blocks_of(network)
+
+
+def _blocks_of(network: nn.Module) -> list[Block]:
     names = [name for name, _ in network.named_parameters()]
     if found := _timm_groups(network):
         return _named(_joined(network, found), stem=True)

@@ -15,6 +15,7 @@ from featstore.cohort.labels import read_domains
 from featstore.cohort.names import natural_key, natural_sorted
 from featstore.errors import ConfigError, FeatstoreError
 from heads.config import Config
+from heads.splits import Cohort, test_cases
 from heads.training.image_batches import ImageBatches
 from heads.training.labelled_images import WHERE, LabelledImages, check_environments, split_each, subset
 
@@ -204,6 +205,9 @@ def project_environments(
     patches["label"] = patches["case"].map(labels.by_case)
     _tell_left_out(patches, tell)
     patches = patches[patches["label"].notna() & (patches["domain"] != "")]
+    known = {case: labels.by_case[case] for case in natural_sorted(set(patches["case"]))}
+    tested = _tested(config, project, Cohort(labels.class_names, known, groups), tell)
+    patches = patches[~patches["case"].isin(tested)]
     if not len(patches):
         raise ConfigError(
             "no patch has both a label and a domain",
@@ -224,6 +228,21 @@ def project_environments(
         group=pd.factorize(np.array(together, object))[0].astype(np.int64),
     )
     return subset(images, subset_size, seed)
+
+
+def _tested(config: Config, project: Path, cohort: Cohort, tell: Callable[[str], None]) -> tuple[str, ...]:
+    """The cases that heads are to be tested on: an encoder that has seen their labels would spoil that."""
+    given = config.train.load_splits is not None or any((project / config.split.path).glob("*.npz"))
+    try:
+        found = test_cases(config, project, cohort, tell) if cohort.labels else ()
+    except FeatstoreError as error:
+        if given:
+            raise
+        tell(f"warning: no split can be made ({error.found}): there are no test cases to keep out")
+        return ()
+    if found:
+        tell(f"{len(found)} test cases of the split take no part: heads are to be tested on them")
+    return found
 
 
 def _with_domains(config: Config, project: Path) -> pd.DataFrame:

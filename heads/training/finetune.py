@@ -173,8 +173,7 @@ class FineTuning(Course):
                     raise no_memory(self.bags.device) from error
             else:
                 break
-            # Outside the handler, so that the failed step's tensors are free again.
-            self.live.chunk //= 2
+            self.live.chunk //= 2  # not in the handler: the failed step's tensors are free again
             if self.bags.device.type == "cuda":
                 torch.cuda.empty_cache()
         self.check_finite()
@@ -190,6 +189,11 @@ class FineTuning(Course):
         self._begin_epoch()
         self.conclude(row)
         return True
+
+    def before(self) -> float:
+        """The validation loss of the model as it is: before the first step, what is to be bettered."""
+        with memory_for("to validate", self.bags.device):
+            return self._summary(self._validate())["cross_entropy"]
 
     def check_finite(self) -> None:
         """Raises TrainingError if the loss of a step since `take_steps` was no number."""
@@ -299,8 +303,7 @@ class FineTuning(Course):
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
-        # Of as many cases as before, though there may be more or fewer processes now.
-        self._take_steps_of(int(state["cases_a_step"]))
+        self._take_steps_of(int(state["cases_a_step"]))  # whatever the number of processes now
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])

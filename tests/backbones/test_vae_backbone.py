@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from featstore.backbones import build_backbone, normalize
-from featstore.backbones.exported import export_backbone
+from featstore.backbones.exported import _digest, export_backbone
 from featstore.backbones.folding import fold_batch_norms
 from featstore.backbones.vae import VaeEncoder, build_encoder, description_of
 from featstore.config import BackboneConfig
@@ -88,7 +88,9 @@ def test_a_description_or_weights_that_are_not_whole(encoder: VaeEncoder, tmp_pa
         ({"description": {"encoder": NAME}}, "not complete"),
         ({"description": {**kept["description"], "latent": LATENT + 1}}, "do not fit vae:timm:test_resnet"),
     ):
-        description.write_text(json.dumps({**kept, **change}))
+        changed = {**kept, **change}
+        changed["description_sha256"] = _digest(changed["description"])
+        description.write_text(json.dumps(changed))
         with pytest.raises(BackboneError, match=says):
             build_backbone(BackboneConfig(name=str(folder)), tmp_path)
 

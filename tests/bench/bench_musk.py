@@ -54,9 +54,10 @@ from featstore.cohort.splits import Split, write_splits
 from featstore.interop.project import import_project
 from featstore.resident import CaseBags
 from featstore.store import Store
-from heads.cohort import labelled_cases, load_bags, read_folds
+from heads.cohort import labelled_cases, load_bags
 from heads.config import Config
 from heads.evaluation.metrics import Estimate, interval_of, resample
+from heads.splits import read_folds
 from tests.bench.bench_crchisto import FLAT, Trainings, default_config, head_fold, shown
 from tests.bench.crchisto_peers import CLASSES, Protocol, Record, ask, build_peer, fit, standardised
 

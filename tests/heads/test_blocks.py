@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,6 +12,7 @@ import torch
 import torchvision
 from torch import nn
 
+from featstore.backbones.vae import build_encoder
 from featstore.errors import ConfigError
 from heads.training.blocks import Block, blocks_of, describe, set_mode, unfreeze
 
@@ -252,3 +254,12 @@ def test_description() -> None:
         describe(network, unfreeze(network, "none", "affine")) == "nothing (0 of 23.5 million parameters)"
     )
     assert describe(Small(), ["first.bias"]) == "first (4e-06 of 0.00028 million parameters)"
+
+
+def test_what_has_no_part_in_the_features_is_no_block() -> None:
+    encoder = build_encoder("timm:test_resnet", "random:0", 32, Path(), hidden=4, latent=2)
+    names = {name for block in blocks_of(encoder) for name in block.parameters}
+    assert {name for name, _ in encoder.named_parameters()} - names == {"logvar.weight", "logvar.bias"}
+    unfreeze(encoder, "last:1", "frozen")
+    encoder(torch.rand(2, 3, 32, 32)).sum().backward()
+    assert all(p.grad is not None for p in encoder.parameters() if p.requires_grad)

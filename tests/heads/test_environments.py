@@ -33,6 +33,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_environments(tmp_path_factory.mktemp("root"))
 
 
+def without_split(remarks: list[str]) -> list[str]:
+    """Of cohorts too small to be split this is said as well."""
+    return [remark for remark in remarks if "no split can be made" not in remark]
+
+
 def told(root: Path, **options: Any) -> tuple[LabelledImages, list[str]]:
     remarks: list[str] = []
     return read_environments(root, options.get("subset_size"), 0, remarks.append), remarks
@@ -43,7 +48,7 @@ def told(root: Path, **options: Any) -> tuple[LabelledImages, list[str]]:
 
 def test_folders_are_read_in_natural_order(made: Path) -> None:
     images, remarks = told(made)
-    assert remarks == []
+    assert without_split(remarks) == []
     assert (images.environments, images.classes) == (ENVIRONMENTS, CLASSES)
     assert len(images) == 24
     names = [p.relative_to(made).as_posix() for p in images.paths]
@@ -274,7 +279,7 @@ def test_the_domain_of_a_case(tmp_path: Path) -> None:
     config = project(tmp_path, BY_CASE, images={"channel_order": "bgr", "max_pixels": 5000})
     remarks: list[str] = []
     images = project_environments(config, tmp_path, None, 0, remarks.append)
-    assert remarks == []
+    assert without_split(remarks) == []
     assert images.environments == ("north", "south")
     assert images.classes == ("no", "yes")
     assert images.environment.tolist() == [1] * 6 + [0] * 6
@@ -303,7 +308,9 @@ def test_the_domain_of_a_patch_comes_first(tmp_path: Path) -> None:
     )
     assert len(images) == 2
     assert images.environments == ("west",)
-    assert remarks == ["warning: 10 patches have no domain and take no part, of cases 1, 2, 3, 4"]
+    assert without_split(remarks) == [
+        "warning: 10 patches have no domain and take no part, of cases 1, 2, 3, 4"
+    ]
 
 
 def test_groups_stay_together_and_who_takes_no_part_is_told(tmp_path: Path) -> None:
@@ -311,7 +318,7 @@ def test_groups_stay_together_and_who_takes_no_part_is_told(tmp_path: Path) -> N
     config = project(tmp_path, labels, groups={"twins": ["1", "3"]})
     remarks: list[str] = []
     images = project_environments(config, tmp_path, None, 0, remarks.append)
-    assert remarks == ["warning: 1 cases have no label and take no part: 4"]
+    assert without_split(remarks) == ["warning: 1 cases have no label and take no part: 4"]
     assert images.group is not None
     assert images.group.tolist() == [0] * 3 + [1] * 3 + [0] * 3
 

@@ -22,10 +22,10 @@ from featstore.cohort.splits import Split, make_splits, read_split, save_split, 
 from featstore.errors import CohortError
 from featstore.resident import CaseBags
 from featstore.store import Store, StoreWriter
-from heads.cohort import Cohort, read_folds
 from heads.config import Config
 from heads.evaluation.predict import predict
 from heads.models.head import build_head
+from heads.splits import Cohort, read_folds
 from heads.training.loop import Training
 from tests import helpers
 from tests.command_line import answer, succeeded

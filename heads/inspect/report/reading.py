@@ -78,7 +78,7 @@ def read_run(run: RunFolder, cases: Sequence[CasePage] = ()) -> Report:
             "there is nothing to report yet: the run is not finished",
             expected="a finished run",
             where=str(run.path),
-            fix=f"featstore train-head --resume {run.path}",
+            fix=f"featstore {run.command} --resume {run.path}",
         )
     about, config, results = read_about(run), read_config(run), read_run_results(run)
     names, test = tuple(results["test"]["class_names"]), results["test"]
