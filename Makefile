@@ -40,3 +40,4 @@ GPU_RESULTS ?= build/bench-gpu
 bench-gpu: setup
 	$(BIN)/python tests/bench/bench_gpu.py --out $(GPU_RESULTS)
 	$(BIN)/python -m tests.bench.bench_finetune --step --memory --device cuda --out $(GPU_RESULTS)/finetune.json
+	$(BIN)/python tests/bench/bench_vae.py --steps-per-second --device cuda --json $(GPU_RESULTS)/vae.json
