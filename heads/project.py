@@ -131,7 +131,7 @@ def evaluate_project(
 
 
 def store_of(config: Config, mine: Config, about: dict[str, Any], project: Path) -> Store:
-    """The store of a run: that of the settings of now if it holds what the run is of, else the run's own.
+    """The store of a run: its own, or if that is gone or holds others, that of the settings of now.
 
     Args:
         config: The project's settings.
@@ -142,10 +142,11 @@ def store_of(config: Config, mine: Config, about: dict[str, Any], project: Path)
     Raises:
         StoreError: There is none.
     """
-    with suppress(FeatstoreError):
-        store = Store.open(project / config.store.path)
-        if store.spec.plain.fingerprint == about["store"]["fingerprint"]:
-            return store
+    for path in (mine.store.path, config.store.path):
+        with suppress(FeatstoreError):
+            store = Store.open(project / path)
+            if store.spec.plain.fingerprint == about["store"]["fingerprint"]:
+                return store
     return Store.open(project / mine.store.path)
 
 
