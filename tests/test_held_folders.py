@@ -122,7 +122,8 @@ def test_who_comes_second_is_refused_while_the_first_trains_and_when_it_goes_on(
     with monkeypatch.context() as patch:
         found = second(project, patch)
         stopped = [False, False, True]  # looked at before every epoch
-        patch.setattr("heads.training.loop.is_finished", lambda *args: stopped.pop(0) if stopped else True)
+        ended = "heads.training.course.is_finished"
+        patch.setattr(ended, lambda *args: stopped.pop(0) if stopped else True)
         featstore(project, "train-head", *flags, "--epochs", 3)
         are_refused(found)
     (folder,) = (project / "runs").iterdir()

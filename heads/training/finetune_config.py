@@ -22,7 +22,7 @@ class FinetuneConfig(Section):
         description="in what learns: frozen | affine: factors and shifts learn, statistics do not | train: "
         "statistics of each chunk of patches",
     )
-    standardize: Literal["auto", "fixed", "follow"] = Field(
+    standardization: Literal["auto", "fixed", "follow"] = Field(
         "auto",
         description="the head's mean and deviation of features: fixed, the run's | follow: moving averages "
         "of the features of now | auto: follow with batch_norm train, else fixed",

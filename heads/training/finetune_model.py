@@ -139,8 +139,8 @@ class Following:
 
 def follows(settings: FinetuneConfig) -> bool:
     """Whether the head's standardisation follows its backbone."""
-    auto = settings.standardize == "auto" and settings.batch_norm == "train"
-    return auto or settings.standardize == "follow"
+    auto = settings.standardization == "auto" and settings.batch_norm == "train"
+    return auto or settings.standardization == "follow"
 
 
 def rate_course(settings: FinetuneConfig, total: int) -> Callable[[int], float]:

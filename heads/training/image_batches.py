@@ -41,7 +41,7 @@ class ImageBatches:
     ) -> None:
         self.images, self.size = images, size
         self._interpolation = interpolation
-        self._pool = ThreadPoolExecutor(threads, "featstore-images")
+        self._threads = threads
         # Pages that are not written to take no memory.
         self._held = np.empty((min(len(images), memory // (3 * size**2)), size, size, 3), np.uint8)
         self._used = 0
@@ -80,7 +80,9 @@ class ImageBatches:
             except ImageError as error:
                 failed[path] = error.reason(str(path))
 
-        list(self._pool.map(fill, missing.tolist()))
+        # Threads of its own, gone with the batch: whoever keeps images in memory needs them but once.
+        with ThreadPoolExecutor(self._threads, "featstore-images") as pool:
+            list(pool.map(fill, missing.tolist()))
         if failed:
             raise _unusable(failed)
         with self._lock:
@@ -154,8 +156,10 @@ class ImageBatches:
             )
 
     def close(self) -> None:
-        """End the threads; images that are not held can no longer be asked for."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Let the images go; those asked for afterwards are decoded anew."""
+        with self._lock:
+            self._place[:] = -1
+            self._held, self._used = self._held[:0], 0
 
     def __enter__(self) -> ImageBatches:
         return self

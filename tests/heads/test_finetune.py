@@ -235,7 +235,10 @@ def test_a_loss_that_is_no_number_ends_the_training(cached: Cached) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"batch_norm": "train"}, {"standardize": "follow", "gradient_accumulation_steps": 3, "batch_size": 1}],
+    [
+        {"batch_norm": "train"},
+        {"standardization": "follow", "gradient_accumulation_steps": 3, "batch_size": 1},
+    ],
 )
 def test_a_step_that_ran_out_of_memory_leaves_nothing_behind(
     cached: Cached, settings: dict[str, Any]
@@ -383,8 +386,9 @@ def test_the_heads_standardisation_follows_the_features(cached: Cached, anew: bo
 
 @pytest.mark.parametrize(
     ("settings", "moves"),
-    [({}, False), ({"batch_norm": "train"}, True), ({"batch_norm": "train", "standardize": "fixed"}, False),
-     ({"standardize": "follow"}, True), ({"standardize": "follow", "unfreeze": "none"}, False)],
+    [({}, False), ({"batch_norm": "train"}, True),
+     ({"batch_norm": "train", "standardization": "fixed"}, False),
+     ({"standardization": "follow"}, True), ({"standardization": "follow", "unfreeze": "none"}, False)],
 )  # fmt: skip
 def test_it_follows_where_batch_norm_learns_or_when_asked(
     cached: Cached, settings: dict[str, Any], moves: bool

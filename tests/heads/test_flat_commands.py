@@ -64,7 +64,9 @@ def test_a_head_is_trained_resumed_and_evaluated_as_typed(
     assert np.isfinite(predictions(whole)).all()
     with monkeypatch.context() as patch:
         stopped = [False, False, True]  # looked at before every epoch
-        patch.setattr("heads.training.loop.is_finished", lambda *args: stopped.pop(0) if stopped else True)
+        patch.setattr(
+            "heads.training.course.is_finished", lambda *args: stopped.pop(0) if stopped else True
+        )
         cut = run_of(project, *typed, "--epochs", 3, "--suffix", "cut")
     assert len(pd.read_csv(cut / "history.csv")) < 3
     succeeded(project, "train-head", "--resume", cut)

@@ -86,6 +86,15 @@ SORTED: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def until(page: Any, script: str, arg: object = None) -> None:
+    """Wait until a script says true; asked from outside: by its policy the page evaluates nothing."""
+    for _ in range(500):
+        if page.evaluate(script, arg):
+            return
+        page.wait_for_timeout(20)
+    raise AssertionError(f"never true: {script}")
+
+
 @pytest.mark.parametrize("name", SORTED)
 def test_the_table_sorts_by_every_kind_of_column(page: Any, report: Report, name: str) -> None:
     by_id = {case.case_id: case for case in report.cases}
@@ -118,7 +127,7 @@ def test_filters_narrow_the_table_and_say_how_many_are_left(page: Any, report: R
     assert listed(page) == ["<script>alert(1)</script>", "javascript:alert(4)"]
     assert page.locator("#count").inner_text() == "2 of 15 cases"
     page.get_by_role("button", name="Show all").click()
-    page.wait_for_function("document.getElementById('count').textContent === '15 of 15 cases'")
+    until(page, "document.getElementById('count').textContent === '15 of 15 cases'")
     page.locator("select[name=verdict]").select_option("wrong")
     wrong = [case for case in IDS if not {c.case_id: c for c in report.cases}[case].correct]
     assert 0 < len(wrong) < 15
@@ -137,9 +146,7 @@ def test_next_and_previous_follow_the_table_as_it_is_sorted_and_filtered(page: A
     assert page.locator("article.open .position").inner_text() == f"2 of {len(order)}"
     for key, place in (("j", 2), ("ArrowRight", 3), ("k", 2), ("ArrowLeft", 1), ("k", 0), ("k", 0)):
         page.keyboard.press(key)
-        page.wait_for_function(
-            "id => document.querySelector('article.open').dataset.case === id", arg=order[place]
-        )
+        until(page, "id => document.querySelector('article.open').dataset.case === id", arg=order[place])
     assert page.locator("article.open .previous").get_attribute("aria-disabled") == "true"
     page.locator("article.open .next").click()
     assert shown(page) == [order[1]]
@@ -161,7 +168,7 @@ def test_a_case_that_the_filter_hides_has_neighbours_too(page: Any) -> None:
     assert page.locator("article.open .position").inner_text() == "not in the filtered table"
     page.keyboard.press("j")
     expected = next(case for case in IDS[IDS.index(hidden) :] if case in left)
-    page.wait_for_function("id => document.querySelector('article.open').dataset.case === id", arg=expected)
+    until(page, "id => document.querySelector('article.open').dataset.case === id", arg=expected)
 
 
 def test_back_title_and_scroll(page: Any) -> None:
@@ -247,9 +254,7 @@ def test_nothing_is_wider_than_a_phone(browser: Any, file: Path) -> None:
         assert wide(page) == PHONE["width"]
         for case in ("38", '"><img src=x onerror=alert(2)>'):
             page.evaluate("id => { location.hash = '#case=' + encodeURIComponent(id) }", case)
-            page.wait_for_function(
-                "id => document.querySelector('article.open')?.dataset.case === id", arg=case
-            )
+            until(page, "id => document.querySelector('article.open')?.dataset.case === id", arg=case)
             assert wide(page) == PHONE["width"]
 
 
