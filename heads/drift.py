@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from featstore.cohort.tables import write_csv
 from featstore.errors import ConfigError, FeatstoreError
+from featstore.extraction.forward import choose_device
 from featstore.process import keep_freed_memory
 from featstore.store import Store
 from featstore.store.ids import component
@@ -107,7 +106,7 @@ def drift_project(
     folder = project / FOLDER / _name(a, b) if out is None else out
     _refuse_inside(folder, stores)
     mine = checked(config, project, seeds) if downstream else config
-    device = _device(config.train.device)
+    device = choose_device(config.train.device, "train.device")
     if device.type == "cpu":
         keep_freed_memory()
     notes: list[str] = []
@@ -144,20 +143,6 @@ def _check_asked(config: Config, project: Path, out: Path | None, neighbours: in
             where="--neighbours, --sample",
             fix="--neighbours 10 --sample 5000",
         )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"train.device is {name}, but PyTorch sees {torch.cuda.device_count()} GPUs",
-            expected="a GPU that is there, cpu or auto",
-            where="train.device",
-            fix="--device cpu, or run where there is a GPU",
-        )
-    return device
 
 
 def _name(a: Path, b: Path) -> str:

@@ -183,7 +183,7 @@ def _prepare(
     tell: Callable[[str], None],
 ) -> Start:
     settings = own.finetune
-    device = choose_device(settings.device)
+    device = choose_device(settings.device, "finetune.device")
     if device.type == "cpu":
         keep_freed_memory()
     store = Store.open(project / own.store.path)

@@ -37,8 +37,12 @@ BYTES_A_PIXEL = {"bfloat16": 400, "float16": 400, "float32": 800}
 UNFOLDED, FOLDED, OPENVINO = "torch", "torch, folded", "openvino"
 
 
-def choose_device(text: str) -> torch.device:
-    """The device that ``extract.device`` names.
+def choose_device(text: str, setting: str = "extract.device") -> torch.device:
+    """The device that a setting names.
+
+    Args:
+        text: ``auto``, ``cpu`` or ``cuda[:N]``.
+        setting: Which, for errors.
 
     Raises:
         ConfigError: A GPU was asked for and there is none.
@@ -50,7 +54,7 @@ def choose_device(text: str) -> torch.device:
         raise ConfigError(
             f"no GPU {text!r}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices",
             expected="a CUDA device and a driver that this PyTorch can use",
-            where="--gpu (extract.device)",
+            where=f"--gpu ({setting})",
             fix="ask the scheduler for a GPU, check `nvidia-smi`, or run without --gpu on the CPU",
         )
     return device
