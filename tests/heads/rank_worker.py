@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from featstore.process import stop_on_signal
 from featstore.store import Store
 from heads.training.course import TrainingError
 from heads.training.ranks import joined
@@ -44,7 +45,9 @@ def main(folder: Path, out: Path, epochs: int, state: Path, kill: int, settings:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         try:
-            training.run(after_step=after_step)
+            # As the command does: torchrun ends the others by SIGTERM, maybe before they notice.
+            with stop_on_signal() as received:
+                training.run(stop=received, after_step=after_step)
         except TrainingError as error:
             print(error, file=sys.stderr, flush=True)
             return 1
