@@ -14,6 +14,7 @@ from pydantic import Field
 
 from featstore.config import PATH, FeatstoreConfig, Section, Texts
 from featstore.errors import ConfigError
+from heads.cluster.config import SlurmConfig as SlurmConfig
 from heads.models.config import AttentionConfig as AttentionConfig
 from heads.models.config import ClamConfig as ClamConfig
 from heads.models.config import DsmilConfig as DsmilConfig
@@ -25,6 +26,7 @@ from heads.models.config import ProjectorConfig as ProjectorConfig
 from heads.models.config import TransMILConfig as TransMILConfig
 from heads.training.finetune_config import FinetuneConfig as FinetuneConfig
 from heads.training.vae_config import VaeConfig as VaeConfig
+from heads.tuning.config import TuneConfig as TuneConfig
 
 Level = Literal["patch", "slice", "stain"]
 Weight = Annotated[float, Field(ge=0)]
@@ -188,6 +190,8 @@ class Config(FeatstoreConfig):
     runs: RunsConfig = RunsConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     vae: VaeConfig = VaeConfig()
+    tune: TuneConfig = TuneConfig()
+    slurm: SlurmConfig = SlurmConfig()
 
 
 # What `auto` stands for, by the seed documents. Any other head has the first's, but for `_SLOWER`.

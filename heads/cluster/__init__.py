@@ -1,0 +1,1 @@
+"""Jobs on a SLURM cluster: sbatch scripts, and their submission."""

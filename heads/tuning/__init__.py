@@ -1,0 +1,1 @@
+"""Search for the settings of a head: Optuna's trials over a project's own folds."""
