@@ -23,6 +23,10 @@ _line = CommandLine(
 )
 app, command = _line.app, _line.command
 
+_AS = typer.Option(
+    None, "--as", help="name of its folder in runs: begun if it is not there, gone on with if it is"
+)
+
 
 def _gpu(section: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """What `--gpu` stands for on a command that is about this section."""
@@ -221,17 +225,23 @@ def train_head(
     seeds: int | None = typer.Option(None, help="a study of so many trainings a fold: seed, seed + 1, …"),
     gpu: bool = typer.Option(False, "--gpu", help="insist on a GPU (--device cuda)"),
     resume: Path | None = typer.Option(None, help="go on with this run or study, by its own settings"),
+    name: str | None = _AS,
+    task: str | None = typer.Option(
+        None, help="I/N: share I (from 0) of a study's trainings; auto/N: I from the scheduler's array"
+    ),
 ) -> None:
     """Train a head on the store and evaluate it on the test cases, into a new run folder.
 
     With --folds or --seeds: a study, many trainings on the same splits in one folder.
     """
     from heads.study import train
+    from heads.study_tasks import Asked
 
     def show(progress: TrainingProgress, epochs: int) -> None:
         call.tell(progress.to_text(epochs))
 
-    call.answer(train(call.config, call.project, folds, seeds, resume, call.tell, show))
+    asked = Asked(folds, seeds, resume, name, task)
+    call.answer(train(call.config, call.project, asked, call.tell, show))
 
 
 @command(("finetune", "runs", "backbone", "patches"), presets=_gpu("finetune"))
@@ -243,6 +253,7 @@ def finetune(
     finish: bool = typer.Option(
         False, "--finish", help="--resume: train no further; evaluate and export its best epoch"
     ),
+    name: str | None = _AS,
 ) -> None:
     """Train a run's backbone and head together on the patches, and export the backbone to extract with.
 
@@ -264,7 +275,7 @@ def finetune(
 
     config, project = call.config, call.project
     with CaseBar("steps") as bar:
-        done = finetune_project(config, project, run, resume, finish, call.tell, show, bar.update)
+        done = finetune_project(config, project, run, resume, finish, call.tell, show, bar.update, name)
     if done is not None:
         call.answer(done)
 
@@ -430,13 +441,14 @@ def train_vae(
     seeds: int = typer.Option(1, min=1, help="--leave-one-out: trainings of each, with seed, seed + 1, …"),
     gpu: bool = typer.Option(False, "--gpu", help="insist on a GPU (--device cuda)"),
     resume: Path | None = typer.Option(None, help="go on with this run, by its own settings"),
+    name: str | None = _AS,
 ) -> None:
     """Train a β-VAE for domain generalisation; its encoder becomes a backbone for extract."""
     config, project, tell = call.config, call.project, call.tell
     if leave_one_out:
         from heads.leave_one_out import leave_one_out_project
 
-        call.answer(leave_one_out_project(config, project, seeds, resume, tell, tell))
+        call.answer(leave_one_out_project(config, project, seeds, resume, tell, tell, name))
         return
     if seeds != 1:
         raise ConfigError(
@@ -447,7 +459,7 @@ def train_vae(
         )
     from heads.vae import train_vae_project
 
-    call.answer(train_vae_project(config, project, resume, tell, tell))
+    call.answer(train_vae_project(config, project, resume, tell, tell, name))
 
 
 @command((*COHORT, "backbone", "extract"), in_project=None, presets=_gpu("extract"))

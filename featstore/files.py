@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,9 @@ def replacing(path: Path) -> Iterator[Path]:
         yield path
         return
     target = path.resolve()  # a link stays one
-    # A name of the process' own: two that write one file at a time must not write into each other's.
-    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    # A name of the process' own: two that write one file at a time must not write into each other's. On
+    # machines that share a folder, two may have the same number.
+    aside = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         yield aside
         os.replace(aside, target)

@@ -21,6 +21,7 @@ from featstore.process import stop_on_signal
 from featstore.spec import EmbeddingSpec
 from heads.config import Config
 from heads.evaluation.checkpoints import identity_of, load_state, save_state
+from heads.evaluation.named import AlreadyDone, already_done, check_not_both, named_folder
 from heads.evaluation.results import evaluate_heads, write_results
 from heads.evaluation.runs import (
     RunError,
@@ -28,6 +29,7 @@ from heads.evaluation.runs import (
     find_run,
     held,
     history_frame,
+    make_run,
     new_folder,
     read_about,
     write_json,
@@ -54,7 +56,8 @@ def finetune_project(
     tell: Callable[[str], None] = lambda text: None,
     observe: Callable[[Progress, int], None] = lambda progress, epochs: None,
     watch: Callable[[int, int], None] = lambda step, steps: None,
-) -> FineTuned | None:
+    name: str | None = None,
+) -> FineTuned | AlreadyDone | None:
     """Fine-tune a run's backbone and head end to end, evaluate them, and export the backbone.
 
     Under ``torchrun`` all processes call this; the first alone writes and tells.
@@ -68,13 +71,15 @@ def finetune_project(
         tell: Called with remarks.
         observe: Called after every epoch with the progress and the number of epochs.
         watch: Called after every step with its number and the number of steps in an epoch.
+        name: Of the new folder: begun if it is not there, gone on with if it is.
 
     Returns:
-        What was done; None in all processes but the first.
+        What was done, or that all was done before; None in all processes but the first.
 
     Raises:
         FeatstoreError: Whatever stands in the way; TrainingError if the training itself fails.
     """
+    runs = project / config.runs.path
     with ExitStack() as holding:
         ranks, device = holding.enter_context(joined(config.finetune.device))
         config = config.model_copy(
@@ -82,8 +87,16 @@ def finetune_project(
         )
         if not ranks.first:
             tell, observe, watch = _quiet, _quiet, _quiet
+        check_not_both(resume, name)
+        named = None if name is None else RunFolder(named_folder(runs, "finetune", name))
+        if named is not None:
+            # The first one looks, for all: another would see what the first has just begun.
+            done, begun = ranks.from_first((named.finished, _state_path(named).is_file()))
+            if done:
+                return already_done(named.path) if ranks.first else None
+            resume = named.path if begun else None
         if resume is not None:
-            run = find_run(project / config.runs.path, resume, finished=False)
+            run = find_run(runs, resume, finished=False)
             if ranks.first:
                 holding.enter_context(held(run.path))
             start = open_resumed(config, project, run, ranks, tell)
@@ -93,10 +106,12 @@ def finetune_project(
         else:
             start = open_start(config, project, wanted, ranks, tell)
             training = start.training
-            run = RunFolder(ranks.from_first(_new_run(start, project, config) if ranks.first else Path()))
             if ranks.first:
-                holding.enter_context(held(run.path))
-                tell(_announcement(run, start, ranks))
+                made = named or RunFolder(new_folder(runs, "finetune", config.runs.suffix))
+                holding.enter_context(held(make_run(made).path))
+                _begin(made, start, project)
+                tell(_announcement(made, start, ranks))
+            run = RunFolder(ranks.from_first(made.path if ranks.first else Path()))
         holding.enter_context(start.pixels)
         interrupted = None
         if finish:
@@ -158,17 +173,14 @@ def _state_path(run: RunFolder) -> Path:
     return run.path / "checkpoints" / "finetune.pth"
 
 
-def _new_run(start: Start, project: Path, config: Config) -> Path:
-    """A new folder with everything that says what is trained on what."""
-    run = RunFolder(new_folder(project / config.runs.path, "finetune", config.runs.suffix))
-    (run.path / "checkpoints").mkdir()
+def _begin(run: RunFolder, start: Start, project: Path) -> None:
+    """Write into a new folder what is trained on what."""
     export = _relative(run.path / BACKBONE, project)
     backbone = start.config.backbone.model_copy(update={"name": export})
     store = start.config.store.model_copy(update={"path": f"store_{run.path.name}"})
     own = start.config.model_copy(update={"backbone": backbone, "store": store})
     about = start.about | {"store": {**start.about["store"], "path": store.path, "digest": ""}}
     begin(run, own, about, start.split)
-    return run.path
 
 
 def _relative(path: Path, project: Path) -> str:

@@ -24,6 +24,7 @@ from featstore.errors import ConfigError
 from featstore.process import stop_on_signal
 from heads.config import Config
 from heads.evaluation.domains import METHODS, DomainTable, HeldOut, leave_one_out_table
+from heads.evaluation.named import AlreadyDone, already_done, check_not_both, named_folder
 from heads.evaluation.runs import RunError, held, new_folder, write_config, write_json, write_text
 from heads.training.environments import ImageBatches, LabelledImages, check_environments
 from heads.training.vae import Method, VaeTraining
@@ -34,6 +35,7 @@ from heads.vae_setup import (
     build_model,
     check_same,
     choose_device,
+    is_begun,
     open_run,
     pixels_of,
     read_images,
@@ -94,7 +96,8 @@ def leave_one_out_project(
     resume: Path | None = None,
     tell: Tell = lambda text: None,
     observe: Tell = lambda text: None,
-) -> LeftOut:
+    name: str | None = None,
+) -> LeftOut | AlreadyDone:
     """Hold out every environment in turn, train both methods on the others, and write the table.
 
     Args:
@@ -104,10 +107,17 @@ def leave_one_out_project(
         resume: A run to go on with, by its own settings and seeds.
         tell: Called with remarks.
         observe: Called with every line of a training's log that has a validation.
+        name: Of the run: begun if it is not there, gone on with if it is.
 
     Raises:
         FeatstoreError: Whatever stands in the way; TrainingError if a training fails.
     """
+    check_not_both(resume, name)
+    named = None if name is None else named_folder(project / config.runs.path, "vae", name)
+    if named is not None and is_begun(named, "leave_one_out"):
+        if (named / "results.json").is_file():
+            return already_done(named)
+        resume = named
     with ExitStack() as holding:
         folder: Path | None = None
         if resume is not None:
@@ -125,7 +135,8 @@ def leave_one_out_project(
         batches = pixels_of(images, config.vae, device)
         if folder is None:
             build_model(config.vae, len(images.classes), project)  # refuses before anything is written
-            folder = new_folder(project / config.runs.path, "vae", config.vae.experiment)
+            folder = named or new_folder(project / config.runs.path, "vae", config.vae.experiment)
+            folder.mkdir(parents=True, exist_ok=True)
             holding.enter_context(held(folder))
             write_config(folder / "config.yaml", config)
             write_json(folder / ABOUT, about)

@@ -13,6 +13,7 @@ from featstore.settings import leaves
 from featstore.store import Store
 from heads.cohort import check_unchanged, describe, load_bags, read_cohort, sizes
 from heads.config import Config, resolved, unused_settings
+from heads.evaluation.named import named_folder
 from heads.evaluation.results import Evaluation, check_threshold
 from heads.evaluation.runs import (
     RunError,
@@ -20,6 +21,7 @@ from heads.evaluation.runs import (
     create_run,
     find_run,
     held,
+    make_run,
     read_about,
     read_config,
     read_own_split,
@@ -39,6 +41,7 @@ def train_project(
     resume: Path | None = None,
     tell: Callable[[str], None] = lambda text: None,
     observe: Callable[[Progress, int], None] = lambda progress, epochs: None,
+    name: str | None = None,
 ) -> TrainedRun:
     """Train a head on the store, evaluate it on the test cases, and write a run folder.
 
@@ -48,11 +51,15 @@ def train_project(
         resume: A run to go on with, by its own settings.
         tell: Called with remarks.
         observe: Called after every epoch with the progress and the number of epochs.
+        name: Of the run: begun if it is not there, gone on with if it is.
 
     Raises:
         FeatstoreError: Whatever stands in the way; TrainingError if the training itself fails.
     """
     runs = project / config.runs.path
+    named = None if name is None else RunFolder(named_folder(runs, "run", name))
+    if named is not None and named.last.is_file() and named.about.is_file():
+        resume = named.path
     with ExitStack() as holding:
         if resume is not None:
             run = find_run(runs, _run_of(resume), finished=False, or_study=True)
@@ -81,7 +88,7 @@ def train_project(
             restore(training, run, config, about)
             tell(f"going on with {run.path} after epoch {training.progress.epoch}")
         else:
-            run = create_run(runs, config.runs.suffix)
+            run = create_run(runs, config.runs.suffix) if named is None else make_run(named)
             holding.enter_context(held(run.path))
             begin(run, config, about, split)
             tell(f"{run.path}: {config.head.name} on {sizes(split)}, {bags.device}")

@@ -10,17 +10,19 @@ from pydantic import ValidationError
 
 from featstore.config import SplitConfig
 from featstore.errors import ConfigError
+from featstore.extraction.shards import Shard
 from featstore.process import stop_on_signal
 from featstore.resident import CaseBags, memory_budget
 from featstore.store import Store
 from heads.cohort import check_unchanged, describe, labelled_cases, labels_of, load_bags, sizes
 from heads.config import Config, resolved
 from heads.evaluation.compare import Comparison, compare, read_contender
+from heads.evaluation.named import named_folder
 from heads.evaluation.results import Evaluation, check_threshold
 from heads.evaluation.runs import RunFolder, held
-from heads.evaluation.studies import Study, create_study, is_study, open_study
+from heads.evaluation.studies import Study, begin_study, create_study, open_study
 from heads.evaluation.study_report import StudyReport, write_report
-from heads.evaluation.study_results import tell_not_used
+from heads.evaluation.study_results import left, tell_not_used
 from heads.models.head import load_plugin
 from heads.project import (
     evaluate_project,
@@ -32,6 +34,7 @@ from heads.project import (
 )
 from heads.run import TrainedRun, prepare, settled
 from heads.splits import read_folds
+from heads.study_tasks import Asked, TaskReport, share_of
 from heads.study_trainings import Outcome, process_count, train_in_processes, train_in_turn
 from heads.training.course import Progress
 
@@ -41,43 +44,28 @@ _SEEDS = 2**32
 def train(
     config: Config,
     project: Path,
-    folds: int | None = None,
-    seeds: int | None = None,
-    resume: Path | None = None,
+    asked: Asked,
     tell: Callable[[str], None] = lambda text: None,
     observe: Callable[[Progress, int], None] = lambda progress, epochs: None,
-) -> TrainedRun | StudyReport:
-    """One training; with ``folds`` or ``seeds`` a study; with ``resume`` whichever that is.
+) -> TrainedRun | StudyReport | TaskReport:
+    """One training, or a study, or a task of one; begun or gone on with.
 
     Args:
         config: The project's settings.
         project: The folder that relative paths start from.
-        folds: As of `study_project`.
-        seeds: As of `study_project`.
-        resume: A run or a study to go on with.
+        asked: Which of these.
         tell: Called with remarks.
         observe: Called after every epoch of a training that is none of a study's.
 
     Raises:
         FeatstoreError: These do not go together, or whatever `study_project` and `train_project` raise.
     """
-    begun = resume is not None and is_study(project / config.runs.path, resume)
-    if resume is not None and (folds is not None or seeds is not None):
-        raise ConfigError(
-            "--folds or --seeds with --resume" + ("" if begun else f", and {resume} is no study"),
-            expected="a study is resumed with the folds and seeds that it was begun with"
-            if begun
-            else "one or the other",
-            where="train-head",
-            fix=f"featstore train-head --resume {resume}"
-            if begun
-            else "leave out --resume to begin a study",
-        )
-    if resume is not None and begun:
-        return resume_study(config, project, resume, tell)
-    if folds is None and seeds is None:
-        return train_project(config, project, resume, tell, observe)
-    return study_project(config, project, folds, 1 if seeds is None else seeds, tell)
+    existing = asked.existing_study(project / config.runs.path)
+    if existing is not None:
+        return resume_study(config, project, existing, asked, tell)
+    if asked.of_a_study:
+        return study_project(config, project, asked, tell)
+    return train_project(config, project, asked.resume, tell, observe, asked.name)
 
 
 def evaluate(
@@ -119,24 +107,21 @@ def compare_project(
 
 
 def study_project(
-    config: Config,
-    project: Path,
-    folds: int | None = None,
-    seeds: int = 1,
-    tell: Callable[[str], None] = lambda text: None,
-) -> StudyReport:
-    """Train every fold with several seeds, and write what they say together.
+    config: Config, project: Path, asked: Asked, tell: Callable[[str], None] = lambda text: None
+) -> StudyReport | TaskReport:
+    """Begin a study, and train every fold with several seeds, or a task's share of that.
 
     Args:
         config: The project's settings; ``train.seed`` is the first seed, the others follow it.
         project: The folder that relative paths start from.
-        folds: How many; None: the splits that are given, else what the settings say.
-        seeds: How many trainings a fold.
+        asked: How many folds (None: the splits that are given, else what the settings say) and seeds, the
+            study's name, if it is to have a certain one, and which task this is.
         tell: Called with remarks.
 
     Raises:
         FeatstoreError: Whatever stands in the way of all trainings; one that fails is in the report.
     """
+    shard, folds, seeds = asked.shard, asked.folds, 1 if asked.seeds is None else asked.seeds
     if not 1 <= seeds <= _SEEDS - config.train.seed:
         raise ConfigError(
             f"--seeds is {seeds}",
@@ -162,40 +147,52 @@ def study_project(
     }
     del about["cases"]  # which differ by fold
     prepare(config, about, bags[0], first)  # what no training can do is refused before there is a folder
-    study = create_study(project / config.runs.path, config, about, splits)
+    runs = project / config.runs.path
+    if asked.name is None:
+        study = create_study(runs, config, about, splits)
+    else:
+        study = begin_study(named_folder(runs, "study", asked.name), config, about, splits)
     about_first = f"fold {fold}: {sizes(first)}, {bags[0].device}"
     tell(f"{study.folder.path}: {config.head.name}, {study.size}, {about_first}")
-    with held(study.folder.path):
-        return _train(study, project, bags, tell)
+    with held(study.folder.path, shared=shard is not None):
+        todo = list(left(study, share_of(study, shard)))
+        return _train(study, project, bags, todo, shard, tell)
 
 
 def resume_study(
-    config: Config, project: Path, wanted: Path, tell: Callable[[str], None] = lambda text: None
-) -> StudyReport:
-    """Go on with a study: what is interrupted, missing or failed is trained, what is finished is not.
+    config: Config,
+    project: Path,
+    wanted: Path,
+    asked: Asked,
+    tell: Callable[[str], None] = lambda text: None,
+) -> StudyReport | TaskReport:
+    """Go on with a study: all that is not finished, or is damaged, is trained.
 
     Args:
         config: The project's settings; of the study, its own are used.
         project: The folder that relative paths start from.
         wanted: The study.
+        asked: Which task this is; folds and seeds must be the study's.
         tell: Called with remarks.
 
     Raises:
         FeatstoreError: Study or store cannot be used.
     """
-    study = open_study(project / config.runs.path, wanted)
-    with held(study.folder.path):
+    study, shard = open_study(project / config.runs.path, wanted), asked.shard
+    asked.check_same(study)
+    with held(study.folder.path, shared=shard is not None):
         mine = on_this_machine(own_config(config, RunFolder(study.folder.path), tell), config)
         study, about = replace(study, config=mine), study.about
-        left = _left(study)
-        tell(f"going on with {study.folder.path}: {len(left)} of {len(study.trainings)} trainings to do")
-        if not left:
-            return write_report(study, mine.runs.resamples)
+        share = share_of(study, shard)
+        todo = list(left(study, share))
+        tell(f"going on with {study.folder.path}: {len(todo)} of {len(share)} trainings to do")
+        if not todo:
+            return _report(study, shard, share, [], None)
         load_plugin(plugin_of(mine, project))
         store = Store.open(project / mine.store.path)
         bags = [load_bags(mine, store, about["labels"], tell, about["store"]["fingerprint"])]
         check_unchanged(bags[0], about, tell)
-        return _train(study, project, bags, tell)
+        return _train(study, project, bags, todo, shard, tell)
 
 
 def evaluate_study(
@@ -235,23 +232,27 @@ def _with_folds(config: Config, folds: int | None) -> Config:
     return config.model_copy(update={"split": config.split.model_copy(update={"folds": folds})})
 
 
-def _left(study: Study) -> list[tuple[int, int]]:
-    return [each for each in study.trainings if study.folder.status(*each) != "finished"]
-
-
-def _train(study: Study, project: Path, bags: list[CaseBags], tell: Callable[[str], None]) -> StudyReport:
-    """Train what is left, and write the report; ``bags`` is the cohort, let go of where others load it."""
-    todo, train = _left(study), study.config.train
-    number, total = len(study.trainings) - len(todo), len(study.trainings)
+def _train(
+    study: Study,
+    project: Path,
+    bags: list[CaseBags],
+    todo: list[tuple[int, int]],
+    shard: Shard | None,
+    tell: Callable[[str], None],
+) -> StudyReport | TaskReport:
+    """Train what is to do, and report; ``bags`` is the cohort, let go of where others load it."""
+    train, share = study.config.train, share_of(study, shard)
+    number, total = len(share) - len(todo), len(share)
     memory = memory_budget(train.memory_gb, bags[0].device)
     if train.memory_gb == "auto":
         memory += bags[0].bytes // 2  # half of what was free before
     count = process_count(study.config, bags[0], len(todo), memory)
 
-    told: set[str] = set()
+    told, outcomes = set[str](), list[Outcome]()
 
     def show(outcome: Outcome) -> None:
         nonlocal number
+        outcomes.append(outcome)
         for remark in outcome.remarks:  # of fifty trainings alike, once
             if remark not in told:
                 tell(remark)
@@ -266,4 +267,17 @@ def _train(study: Study, project: Path, bags: list[CaseBags], tell: Callable[[st
             bags.clear()
             tell(f"{count} trainings at once")
             train_in_processes(study, project, count, memory // count, todo, received, show)
-    return write_report(study, study.config.runs.resamples, received[0] if received else None)
+    return _report(study, shard, share, outcomes, received[0] if received else None)
+
+
+def _report(
+    study: Study,
+    shard: Shard | None,
+    share: list[tuple[int, int]],
+    outcomes: list[Outcome],
+    interrupted: int | None,
+) -> StudyReport | TaskReport:
+    """Of the whole study its tables and pictures; of a task what it did, since others are at work."""
+    if shard is None:
+        return write_report(study, study.config.runs.resamples, interrupted)
+    return TaskReport(study, shard, len(share), outcomes, interrupted)

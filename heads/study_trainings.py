@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
+from featstore.errors import first_line
 from featstore.process import die_with_parent, stop_on_signal
 from featstore.resident import CaseBags
 from featstore.store import Store
 from heads.cohort import describe, labels_of, load_bags
 from heads.config import Config
-from heads.evaluation.runs import read_about
+from heads.evaluation.runs import RunError, read_about
 from heads.evaluation.studies import Status, Study, clear_training, record_failure
+from heads.evaluation.study_results import checked_status
 from heads.models.head import load_plugin
 from heads.run import begin, prepare, restore, train_run
 from heads.training.course import Progress, TrainingError
@@ -63,13 +65,34 @@ def train_one(
         received: Signals, looked at between epochs.
         observe: Called after every epoch.
     """
+    try:
+        with study.folder.training_held(fold, seed):
+            # Looked at again: another process may have been at it since it was given out.
+            status = checked_status(study, fold, seed)
+            if status == "finished":
+                return Outcome(fold, seed, status, "finished by another process")
+            return _train_one(study, bags, fold, seed, status, received, observe)
+    except RunError as error:  # whatever goes wrong in a training is recorded in it, and not raised
+        return Outcome(fold, seed, "interrupted", f"left alone: {first_line(error)}")
+
+
+def _train_one(
+    study: Study,
+    bags: CaseBags,
+    fold: int,
+    seed: int,
+    status: Status,
+    received: Sequence[int],
+    observe: Callable[[Progress, int], None],
+) -> Outcome:
     folder, config, remarks = study.folder, study.config_of(fold, seed), list[str]()
     try:
-        split, status = study.split_of(fold), folder.status(fold, seed)
-        run = folder.training(fold, seed)
+        split, run = study.split_of(fold), folder.training(fold, seed)
         if status == "interrupted":
             about = read_about(run)
         else:
+            if status == "damaged":
+                remarks.append(f"fold {fold} seed {seed}: its files were damaged; it is trained anew")
             run = clear_training(folder, fold, seed)
             labels = labels_of(split, study.about["labels"])
             about = describe(bags, study.about["class_names"], labels, split)

@@ -14,6 +14,7 @@ from featstore.backbones.vae import KIND, description_of
 from featstore.process import stop_on_signal
 from heads.config import Config
 from heads.evaluation.metrics import evaluate
+from heads.evaluation.named import AlreadyDone, already_done, check_not_both, named_folder
 from heads.evaluation.runs import held, new_folder, write_config, write_json
 from heads.evaluation.vae_pictures import plot_vae_history, write_pictures
 from heads.training.course import TrainingError
@@ -25,6 +26,7 @@ from heads.vae_setup import (
     build_model,
     check_same,
     choose_device,
+    is_begun,
     open_run,
     pixels_of,
     read_images,
@@ -35,6 +37,7 @@ from heads.vae_setup import (
 )
 from heads.vae_states import ABOUT, counts, describe, line, restore, save_state, write_log
 
+RESULTS = "results.json"  # written last: with it the run is finished
 _LOG_SECONDS = 2.0  # between two writings of the log
 
 
@@ -82,7 +85,8 @@ def train_vae_project(
     resume: Path | None = None,
     tell: Tell = lambda text: None,
     observe: Tell = lambda text: None,
-) -> TrainedVae:
+    name: str | None = None,
+) -> TrainedVae | AlreadyDone:
     """Train a β-VAE and write a run folder, with its encoder as a backbone for `extract`.
 
     Args:
@@ -92,10 +96,17 @@ def train_vae_project(
         resume: A run to go on with, by its own settings.
         tell: Called with remarks.
         observe: Called with every line of the log.
+        name: Of the run: begun if it is not there, gone on with if it is.
 
     Raises:
         FeatstoreError: Whatever stands in the way; TrainingError if the training itself fails.
     """
+    check_not_both(resume, name)
+    named = None if name is None else named_folder(project / config.runs.path, "vae", name)
+    if named is not None and is_begun(named, "train"):
+        if (named / RESULTS).is_file():
+            return already_done(named)
+        resume = named
     with ExitStack() as holding:
         folder: Path | None = None
         if resume is not None:
@@ -115,7 +126,8 @@ def train_vae_project(
         weights = None if folder is None else "random:0"  # the checkpoint has them
         training = VaeTraining(build_model(vae, len(images.classes), project, weights), data, vae, device)
         if folder is None:
-            folder = new_folder(project / config.runs.path, "vae", vae.experiment)
+            folder = named or new_folder(project / config.runs.path, "vae", vae.experiment)
+            folder.mkdir(parents=True, exist_ok=True)
             holding.enter_context(held(folder))
             write_config(folder / "config.yaml", config)
             write_json(folder / ABOUT, about)
@@ -206,7 +218,7 @@ def _finish(folder: Path, training: VaeTraining, config: Config, about: dict[str
         "val_images": len(training.data.val),
         "backbone": "backbone",
     }
-    write_json(folder / "results.json", results)
+    write_json(folder / RESULTS, results)
     return results
 
 

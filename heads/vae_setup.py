@@ -28,7 +28,7 @@ from heads.training.environments import (
 from heads.training.optimizer import choose_amp
 from heads.training.vae_config import VaeConfig, annealing_of
 from heads.training.vae_data import Ints, VaeData
-from heads.vae_states import ABOUT, read_about
+from heads.vae_states import ABOUT, read_about, state_path
 
 MACHINE = ("device", "workers", "memory_gb")  # settings of a place, not of a training
 _AT_ONCE = 256  # images decoded at once
@@ -43,6 +43,13 @@ def open_run(config: Config, project: Path, resume: Path, kind: str) -> tuple[Pa
     """
     found = [path for path in (resume, project / config.runs.path / resume) if (path / ABOUT).is_file()]
     folder = found[0] if found else resume
+    about = _about_of_kind(folder, kind)
+    mine = read_config(RunFolder(folder))
+    here = {name: getattr(config.vae, name) for name in MACHINE}
+    return folder, mine.model_copy(update={"vae": mine.vae.model_copy(update=here)}), about
+
+
+def _about_of_kind(folder: Path, kind: str) -> dict[str, Any]:
     about = read_about(folder)
     if about["kind"] != kind:
         raise RunError(
@@ -51,9 +58,23 @@ def open_run(config: Config, project: Path, resume: Path, kind: str) -> tuple[Pa
             where=str(folder / ABOUT),
             fix="leave out --leave-one-out" if kind == "leave_one_out" else "add --leave-one-out",
         )
-    mine = read_config(RunFolder(folder))
-    here = {name: getattr(config.vae, name) for name in MACHINE}
-    return folder, mine.model_copy(update={"vae": mine.vae.model_copy(update=here)}), about
+    return about
+
+
+def is_begun(folder: Path, kind: str) -> bool:
+    """Whether there is a run of this kind that can be gone on with.
+
+    Args:
+        folder: Of a run, whether it is there or not.
+        kind: ``train`` or ``leave_one_out``.
+
+    Raises:
+        RunError: It is of the other kind.
+    """
+    if not (folder / ABOUT).is_file():
+        return False
+    _about_of_kind(folder, kind)
+    return kind == "leave_one_out" or state_path(folder).is_file()
 
 
 def check_same(known: dict[str, Any], about: dict[str, Any], folder: Path) -> None:

@@ -104,6 +104,11 @@ def read_about(folder: Path) -> dict[str, Any]:
     )
 
 
+def state_path(folder: Path) -> Path:
+    """Of the state to resume from."""
+    return folder / "checkpoints" / "last.pth"
+
+
 def save_state(folder: Path, training: VaeTraining, about: Mapping[str, Any]) -> None:
     """Write ``checkpoints/last.pth``, and the best weights beside it."""
     (folder / "checkpoints").mkdir(exist_ok=True)
@@ -112,7 +117,7 @@ def save_state(folder: Path, training: VaeTraining, about: Mapping[str, Any]) ->
         tensors = {name: value.contiguous() for name, value in training.best.items()}
         with replacing(folder / "checkpoints" / "best.safetensors") as aside:
             save_file(tensors, aside, metadata={"featstore": json.dumps(identity, ensure_ascii=False)})
-    with replacing(folder / "checkpoints" / "last.pth") as aside:
+    with replacing(state_path(folder)) as aside:
         torch.save({"identity": identity, **training.state()}, aside)
 
 
@@ -122,7 +127,7 @@ def restore(folder: Path, training: VaeTraining, about: Mapping[str, Any]) -> No
     Raises:
         RunError: The checkpoint is damaged, or of another training.
     """
-    path = folder / "checkpoints" / "last.pth"
+    path = state_path(folder)
     try:
         state = read_plain(path)
         if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):

@@ -217,13 +217,15 @@ def wait_for(condition: Any, seconds: float = 120) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_stopped_or_killed_one_goes_on(project: Path, number: int, code: int) -> None:
-    flags = ("--epochs", 60, "--patience", 60, "--unfreeze", "last:1", "--suffix", "s", "--save-seconds", 0)
+    named = number == signal.SIGKILL  # of a name, it goes on by the same command
+    name = ("--as", "s") if named else ("--suffix", "s")
+    flags = ("--epochs", 60, "--patience", 60, "--unfreeze", "last:1", *name, "--save-seconds", 0)
     with tuning(project, *flags) as process:
-        wait_for(lambda: list(project.glob("runs/finetune_*_s/history.csv")))
+        wait_for(lambda: list(project.glob("runs/finetune_*s/history.csv")))
         process.send_signal(number)
         out, err = process.communicate(timeout=120)
     assert process.returncode == code, err
-    run = run_of(project, "s")
+    run = project / "runs" / "finetune_s" if named else run_of(project, "s")
     if number == signal.SIGTERM:
         assert f"featstore finetune --resume {run}" in out
     assert not (run / "results.json").exists()
@@ -231,13 +233,20 @@ def test_a_stopped_or_killed_one_goes_on(project: Path, number: int, code: int) 
     done = len(pd.read_csv(run / "history.csv"))
     config.write_text(config.read_text().replace("epochs: 60", f"epochs: {done + 1}"))
     with drawing_nothing():
-        result = succeeded(project, "finetune", "--resume", f"runs/{run.name}")
+        result = succeeded(project, "finetune", *(flags if named else ("--resume", f"runs/{run.name}")))
     assert "going on with" in result.output
     assert len(pd.read_csv(run / "history.csv")) == done + 1
     steps = pd.read_csv(run / "steps.csv")
     assert not steps.duplicated(["epoch", "step"]).any()
     assert steps["epoch"].max() == done + 1
     assert len(steps) == 9 * (done + 1)
+    if named:
+        before = (run / "results.json").read_bytes()
+        said = succeeded(project, "finetune", "--as", "s").stdout
+        assert f"{run} is finished; nothing is done again" in said
+        assert "test accuracy" in said.lower()
+        assert (run / "results.json").read_bytes() == before
+        refused(project, "finetune", "--as", "s", "--resume", "x", says=("--as s at once",))
 
 
 def test_changed_files_are_told_also_of_test_cases(project: Path) -> None:

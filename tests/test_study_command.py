@@ -17,6 +17,8 @@ import pandas as pd
 import pytest
 
 from featstore.cohort.splits import read_split
+from heads.evaluation.runs import held
+from heads.evaluation.studies import open_study
 from heads.training.course import TrainingError
 from heads.training.loop import Training
 from tests import helpers
@@ -281,7 +283,7 @@ def test_permuted_test_labels_change_nothing_before_the_final_evaluation(
         (("--seeds", 2, "--load-splits", "nowhere"), ("there are no splits in", "nowhere")),
         (("--folds", 12, "--split-path", "none"), ("class benign has 10 cases", "12 folds")),
         (("--folds", 3, "--model", "mean", "--reg-weight-entropy", 0.1), ("no attention",)),
-        (("--seeds", 2, "--resume", "x"), ("--folds or --seeds with --resume",)),
+        (("--seeds", 2, "--resume", "x"), ("--folds, --seeds or --task with --resume",)),
     ],
 )
 def test_what_cannot_be_a_study_is_refused(project: Path, flags: tuple[Any, ...], says: Any) -> None:
@@ -352,11 +354,131 @@ def test_what_all_trainings_remark_is_told_once(project: Path, processes: int) -
 
 
 @pytest.mark.parametrize("name", ["results.json", "metrics.json", "history.csv"])
-def test_a_damaged_file_of_a_training_is_named(whole: Path, tmp_path: Path, name: str) -> None:
+def test_a_damaged_training_is_named_left_out_and_trained_anew(
+    whole: Path, tmp_path: Path, name: str
+) -> None:
     copy = Path(shutil.copytree(whole, tmp_path / "copy"))
     study = study_of(copy)
     (study / "trainings" / "fold_1_seed_43" / name).write_text("[1, 2")
-    refused(copy, "evaluate", "--study", study, says=(f"{name} cannot be read", "fold_1_seed_43"))
+    done = featstore(copy, "evaluate", "--study", study)
+    assert done.exit_code == 1
+    assert "5 of 6 trainings finished" in done.stdout
+    assert f"fold 1 seed 43: {name} cannot be read" in done.stdout
+    assert json.loads((study / "metrics.json").read_text())["trainings"]["damaged"] == 1
+    said = succeeded(copy, "train-head", "--resume", study.name).stdout
+    assert "1 of 6 trainings to do" in said
+    assert "fold 1 seed 43: its files were damaged; it is trained anew" in said
+    same_study(study, study_of(whole))
+
+
+def test_tasks_share_a_study_and_what_they_lack_is_named_and_done(whole: Path, project: Path) -> None:
+    """Four tasks, one of them twice and one never; a result is lost, another one damaged."""
+    words = ("train-head", "--as", "shared", "--seeds", 2, "--analyze-attention")
+    study = project / "runs" / "study_shared"
+    for task in (2, 0, 0, 1):
+        said = succeeded(project, *words, "--task", f"{task}/4").stdout
+        assert f"task {task}/4 of {study}: {1 if task > 1 else 2} of" in said
+    shown = featstore(project, "evaluate", "--study", study)
+    assert shown.exit_code == 0
+    assert "1 training is still to do:\n    fold 0 seed 43: missing" in shown.stdout
+    shutil.rmtree(study / "trainings" / "fold_2_seed_43")
+    (study / "trainings" / "fold_0_seed_42" / "results.json").write_text("{")
+    shown = featstore(project, "evaluate", "--study", "study_shared")
+    assert shown.exit_code == 1
+    for line in ("fold 0 seed 43: missing", "fold 2 seed 43: missing", "fold 0 seed 42: results.json"):
+        assert line in shown.stdout
+    for task in range(4):
+        succeeded(project, *words[:3], "--task", f"{task}/4")  # its folds and seeds are known
+    assert "6 of 6 trainings finished" in succeeded(project, "evaluate", "--study", study).stdout
+    same_study(study, study_of(whole))
+
+
+def test_a_task_leaves_alone_what_another_process_is_at(project: Path) -> None:
+    words = ("train-head", "--as", "shared", "--seeds", 1, "--epochs", 1, "--task")
+    succeeded(project, *words, "0/3")
+    study = open_study(project / "runs", Path("study_shared"))
+    with study.folder.training_held(1, 42):
+        done = featstore(project, *words, "1/3")
+    assert done.exit_code == 1
+    assert "fold 1 seed 42: left alone: another process is training here" in done.stdout
+    with held(study.folder.path, shared=True):
+        refused(project, "train-head", "--resume", "study_shared", says=("another process is training",))
+        succeeded(project, *words, "1/3")
+    with held(study.folder.path):
+        refused(project, *words, "2/3", says=("another process is training here",))
+
+
+def test_the_share_of_a_task_comes_from_the_scheduler(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("train-head", "--as", "study_a.b", "--seeds", 1, "--epochs", 1, "--task", "auto/3")
+    refused(project, *words, says=("'auto/3', but this is no task", "--task 0/3"))
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert "task 2/3 of" in succeeded(project, *words).stdout
+    assert (project / "runs" / "study_a.b" / "trainings" / "fold_2_seed_42" / "results.json").is_file()
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    refused(project, *words, says=("there is no share 3 of 3",))
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--task", "0/2"), ("without a study's name", "--as first --task 0/2")),
+        (("--as", "a", "--task", "2"), ("--task is '2'", "I/N")),
+        (("--as", "a", "--task", "0/0"), ("--task is '0/0'",)),
+        (("--as", "../a", "--seeds", 2), ("--as is '../a'", "letters, digits")),
+        (("--as", ".a"), ("--as is '.a'",)),
+        (("--as", ""), ("--as is ''",)),
+        (("--as", "a", "--resume", "b"), ("--resume b and --as a at once",)),
+    ],
+)
+def test_names_and_tasks_that_cannot_be_are_refused(
+    project: Path, flags: tuple[Any, ...], says: tuple[str, ...]
+) -> None:
+    refused(project, "train-head", *flags, says=says)
+    assert not (project / "runs").exists()
+
+
+def test_a_named_study_keeps_its_folds_and_seeds(project: Path) -> None:
+    words = ("train-head", "--as", "s", "--epochs", 1)
+    succeeded(project, *words, "--seeds", 1, "--task", "0/3")
+    refused(project, *words, "--seeds", 2, says=("--seeds is 2, but study_s was begun with 1",))
+    refused(project, *words, "--folds", 4, says=("--folds is 4, but study_s was begun with 3",))
+    assert "2 of 3 trainings to do" in succeeded(project, *words, "--folds", 3).stdout
+
+
+def test_processes_that_begin_one_study_at_once_share_it(project: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(helpers.ROOT), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, str(helpers.ROOT / "cli.py"), "train-head", "--as", "s", "--seeds", "1"]
+    both = [
+        subprocess.Popen(
+            [*words, "--epochs", "1", "--task", f"{task}/2"],
+            cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for task in (0, 1)
+    ]  # fmt: skip
+    said = [child.communicate(timeout=240)[0] for child in both]
+    assert [child.returncode for child in both] == [0, 0], said
+    assert [path.name for path in (project / "runs").iterdir()] == ["study_s"]  # nothing left beside it
+    assert "3 of 3 trainings finished" in succeeded(project, "evaluate", "--study", "study_s").stdout
+
+
+def test_a_named_run_is_begun_and_gone_on_with(project: Path) -> None:
+    words = ("train-head", "--as", "mine", "--load-splits", "splits/data_splits_01.npz")
+    first = answer(project, *words)
+    run = project / "runs" / "run_mine"
+    assert Path(first["run"]) == run
+    best = run / "checkpoints" / "best.safetensors"
+    before = best.read_bytes()
+    again = succeeded(project, *words).stdout
+    assert f"going on with {run} after epoch 3" in again
+    assert best.read_bytes() == before
+    (run / "checkpoints" / "last.pth").unlink()  # killed before its first state: begun again
+    assert {**answer(project, *words), "interrupted": 0} == {**first, "interrupted": 0}
+    assert json.loads((run / "results.json").read_text())["train"]["epochs"] == 3
+    # The newest run is by time, not by name.
+    newer = Path(answer(project, *words[:1], *words[3:], "--epochs", 1)["run"])
+    assert newer.name in succeeded(project, "evaluate").stdout
 
 
 def test_a_run_is_compared_with_a_study_and_a_study_with_itself(whole: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from heads.config import Config
 from heads.evaluation.runs import RunFolder, read_config
 from heads.training.course import TrainingError
 from heads.training.vae import Judged, VaeTraining
-from heads.vae import train_vae_project
+from heads.vae import TrainedVae, train_vae_project
 from tests import helpers
 from tests.command_line import answer, featstore, make_project, refused, succeeded
 from tests.heads.environments import CLASSES, ENVIRONMENTS, flags, tiny, write_environments
@@ -128,15 +128,21 @@ def test_the_best_step_is_exported_and_not_the_last(
 def test_interrupted_and_resumed_is_the_same_training(images: Path, tmp_path: Path) -> None:
     config = Config(vae=tiny(data_dir=str(images)))
     whole = train_vae_project(config, tmp_path / "whole")
+    assert isinstance(whole, TrainedVae)
 
     def stop(text: str) -> None:
         if text.startswith("step 4/"):
             signal.raise_signal(signal.SIGTERM)
 
-    first = train_vae_project(config, tmp_path / "parts", observe=stop)
+    first = train_vae_project(config, tmp_path / "parts", observe=stop, name="mine")
+    assert isinstance(first, TrainedVae)
+    assert first.folder == tmp_path / "parts" / "runs" / "vae_mine"
     assert (first.results, first.steps, first.interrupted) == (None, 4, signal.SIGTERM)
     assert f"featstore train-vae --resume {first.folder}" in first.to_text()
-    done = answer(tmp_path / "parts", "train-vae", "--resume", first.folder.name, "--vae-lr", "3")
+    done = answer(tmp_path / "parts", "train-vae", "--as", "mine", "--vae-lr", "3")
+    again = answer(tmp_path / "parts", "train-vae", "--as", "mine")
+    assert again == {"run": done["run"], "already_done": True, "interrupted": None}
+    refused(tmp_path / "parts", "train-vae", "--leave-one-out", "--as", "mine", says=("another kind",))
     states = [
         torch.load(folder / "checkpoints" / "last.pth", weights_only=True)
         for folder in (whole.folder, Path(done["run"]))

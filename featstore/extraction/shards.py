@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ _FORWARD_BYTES, _USUAL_SIDE = 1_200_000, 224
 # Network file systems remember for up to a minute that a file was not there.
 _PATIENCE = 120.0
 
+_SHARE = re.compile(r"(\d+|auto)/[1-9]\d*", re.ASCII)
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -34,16 +37,28 @@ class Shard:
     count: int = 1
 
 
-def parse_shard(text: str | None) -> Shard:
+def parse_shard(text: str | None, setting: str = "extract.shard", flag: str = "--shard") -> Shard:
     """Read ``I/N`` or ``auto/N``; with ``auto``, I comes from the scheduler's array variable.
 
     N is always written down: a partly resubmitted array changes the scheduler's own count.
 
+    Args:
+        text: As given; None: the whole.
+        setting: What was given, for messages.
+        flag: How it is given, for messages.
+
     Raises:
-        ConfigError: I is not below N, or ``auto`` finds no array variable.
+        ConfigError: It is neither, I is not below N, or ``auto`` finds no array variable.
     """
     if text is None:
         return Shard()
+    if not _SHARE.fullmatch(text):
+        raise ConfigError(
+            f"{setting} is {text!r}",
+            expected="I/N, share I (from 0) of N, or auto/N, I from the scheduler's array",
+            where=setting,
+            fix=f"{flag} 0/4",
+        )
     first, _, count = text.partition("/")
     if first == "auto":
         # SGE says "undefined" and LSF 0 where a job is no array's.
@@ -54,17 +69,17 @@ def parse_shard(text: str | None) -> Shard:
         }
         if not found:
             raise ConfigError(
-                f"extract.shard is {text!r}, but this is no task of a scheduler's array",
+                f"{setting} is {text!r}, but this is no task of a scheduler's array",
                 expected=f"one of the variables {', '.join(_ARRAY_VARIABLES)}",
-                where="extract.shard",
-                fix=f"name the share, e.g. --shard 0/{count}",
+                where=setting,
+                fix=f"name the share, e.g. {flag} 0/{count}",
             )
         first = str(next(iter(found.values())))
     if int(first) >= int(count):
         raise ConfigError(
-            f"extract.shard is {text!r}: there is no share {first} of {count}",
+            f"{setting} is {text!r}: there is no share {first} of {count}",
             expected=f"0/{count} to {int(count) - 1}/{count}",
-            where="extract.shard",
+            where=setting,
             fix=f"number the array from 0, e.g. --array=0-{int(count) - 1}",
         )
     return Shard(int(first), int(count))

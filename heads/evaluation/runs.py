@@ -6,8 +6,9 @@ import errno
 import fcntl
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,15 +16,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from featstore.cohort.names import natural_key, natural_sorted
 from featstore.cohort.splits import Split, read_split
-from featstore.errors import ConfigError, FeatstoreError
+from featstore.errors import FeatstoreError
 from featstore.files import replacing
 from featstore.settings import Layers
-from featstore.strict_yaml import parse, read_file
+from featstore.strict_yaml import read_file
 from heads.config import Config
+from heads.evaluation.config_file import write_config as write_config
 
 STUDY = "study.json"  # what makes a folder a study
 _LOCK = ".lock"
@@ -99,9 +100,13 @@ def create_run(runs: Path, suffix: str | None, now: datetime | None = None) -> R
         suffix: The name's end.
         now: The time; the present one by default.
     """
-    path = new_folder(runs, "run", suffix, now)
-    (path / "checkpoints").mkdir()
-    return RunFolder(path)
+    return make_run(RunFolder(new_folder(runs, "run", suffix, now)))
+
+
+def make_run(run: RunFolder) -> RunFolder:
+    """The folders of a run, as far as they are not there."""
+    (run.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+    return run
 
 
 def new_folder(runs: Path, kind: str, suffix: str | None, now: datetime | None = None) -> Path:
@@ -158,24 +163,40 @@ def find_run(runs: Path, wanted: Path | None, finished: bool = True, or_study: b
             where=str(runs),
             fix="train one: featstore train-head; or go on with one: featstore train-head --resume RUN",
         )
-    return max(chosen, key=lambda run: natural_key(run.path.name))
+    return max(chosen, key=_age)
+
+
+def _age(run: RunFolder) -> tuple[str, Any]:
+    """By which the newest run is found: the time in its name, or the one at which it says it began."""
+    name = run.path.name
+    if stamped := re.match(r"run_(\d{8}_\d{6})", name):
+        return stamped[1], natural_key(name)
+    with suppress(FeatstoreError, KeyError, ValueError, TypeError):  # a damaged one is no newest one
+        began = datetime.fromisoformat(read_about(run)["created"]).astimezone()
+        return f"{began:%Y%m%d_%H%M%S}", natural_key(name)
+    return "", natural_key(name)
 
 
 @contextmanager
-def held(folder: Path, doing: str = "training here") -> Iterator[None]:
+def held(
+    folder: Path, doing: str = "training here", shared: bool = False, name: str = _LOCK
+) -> Iterator[None]:
     """Keep other processes from doing the same in this folder, for as long as this one lives.
 
     Args:
         folder: Of a run or a study, or in one.
         doing: What is done.
+        shared: With others that share it as well: the tasks of one study.
+        name: Of the file that is locked, where a folder has several.
 
     Raises:
         RunError: Another process holds it.
     """
-    # The kernel lets go of the lock with the process, however that ends: none is ever stale.
-    with open(folder / _LOCK, "a") as file:
+    # The kernel lets go of the lock with the process, however that ends: none is ever stale. Open for
+    # reading too: on NFS that is what a shared lock asks for.
+    with open(folder / name, "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunError(
                 f"another process is {doing}",
@@ -220,27 +241,6 @@ def history_frame(rows: Sequence[Mapping[str, float]]) -> pd.DataFrame:
 def write_history(run: RunFolder, history: pd.DataFrame) -> None:
     """Write ``history.csv`` aside and move it into place: a reader never sees half of it."""
     write_text(run.history, history.to_csv(index=False))
-
-
-def write_config(path: Path, config: Config) -> None:
-    """Write the config as YAML that `--config` takes."""
-    text = yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    write_text(path, text)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes every text that our own reader would take for something else, such as ``1e3``."""
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    try:
-        plain = parse(text, "") == text
-    except ConfigError:
-        plain = False
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
-
-
-_Dumper.add_representer(str, _represent_text)
 
 
 def read_config(run: RunFolder) -> Config:

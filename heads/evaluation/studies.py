@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +14,12 @@ from typing import Any, Literal
 from featstore.cohort.splits import Split, read_split, save_split
 from featstore.errors import FeatstoreError, first_line
 from heads.config import Config
+from heads.evaluation.named import made_at_once
 from heads.evaluation.runs import (
     STUDY,
     RunError,
     RunFolder,
+    held,
     new_folder,
     read_config,
     read_description,
@@ -24,7 +27,7 @@ from heads.evaluation.runs import (
     write_json,
 )
 
-Status = Literal["finished", "failed", "interrupted", "missing"]
+Status = Literal["finished", "failed", "interrupted", "missing", "damaged"]
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,20 @@ class StudyFolder:
         """The run folder of one training."""
         return RunFolder(self.path / "trainings" / f"fold_{fold}_seed_{seed}")
 
+    @contextmanager
+    def training_held(self, fold: int, seed: int) -> Iterator[None]:
+        """Keep other processes from this training; raises RunError if one is at it."""
+        locks = self.path / "locks"  # not in its folder, which is made anew where a training failed
+        locks.mkdir(exist_ok=True)
+        with held(locks, name=f"fold_{fold}_seed_{seed}"):
+            yield
+
     def failure(self, fold: int, seed: int) -> Path:
         """What went wrong in a training; there only if something did."""
         return self.training(fold, seed).path / "failed.json"
 
     def status(self, fold: int, seed: int) -> Status:
-        """How far a training is."""
+        """How far a training is, by which files there are; `study_results.checked_status` reads them."""
         run = self.training(fold, seed)
         if self.failure(fold, seed).is_file():
             return "failed"
@@ -143,12 +154,32 @@ def create_study(
         splits: By fold, from 0.
     """
     folder = StudyFolder(new_folder(runs, "study", config.runs.suffix))
+    _fill(folder, config, about, splits)
+    return Study(folder, config, dict(about))
+
+
+def begin_study(path: Path, config: Config, about: Mapping[str, Any], splits: Mapping[int, Split]) -> Study:
+    """A study in a folder of this name; if another process was faster, its study.
+
+    Args:
+        path: The folder, which is not there.
+        config: As of `create_study`.
+        about: As of `create_study`.
+        splits: As of `create_study`.
+    """
+    with made_at_once(path) as aside:
+        _fill(StudyFolder(aside), config, about, splits)
+    return open_study(path.parent, path)
+
+
+def _fill(
+    folder: StudyFolder, config: Config, about: Mapping[str, Any], splits: Mapping[int, Split]
+) -> None:
     folder.splits.mkdir()
     for fold, split in splits.items():
         save_split(folder.split(fold), split)
     write_config(folder.config, config)
     write_json(folder.about, about)  # last: with it the folder is a study
-    return Study(folder, config, dict(about))
 
 
 def is_study(runs: Path, wanted: Path) -> bool:

@@ -29,6 +29,7 @@ from heads.evaluation.study_tables import (
     study_table,
 )
 
+_FEW = 20  # trainings still to do that are named one by one
 SHOWN = {"auc": "AUC", "accuracy": "accuracy", "log_loss": "log loss"}
 
 
@@ -76,14 +77,32 @@ class StudyReport:
         ]
 
     @property
+    def damaged(self) -> list[str]:
+        """The trainings whose files cannot be read, and what is wrong, a line each."""
+        return [
+            f"fold {each.fold} seed {each.seed}: {each.error}"
+            for each in self.results.trainings
+            if each.status == "damaged"
+        ]
+
+    @property
     def exit_code(self) -> int:
-        """1 if a training failed."""
-        return 1 if self.failed else 0
+        """1 if a training failed, or its files are damaged."""
+        return 1 if self.failed or self.damaged else 0
 
     @property
     def open(self) -> int:
         """How many trainings are interrupted or missing."""
-        return sum(each.status in ("interrupted", "missing") for each in self.results.trainings)
+        return len(self.to_do)
+
+    @property
+    def to_do(self) -> list[str]:
+        """The trainings that are interrupted or missing, a line each."""
+        return [
+            f"fold {each.fold} seed {each.seed}: {each.status}"
+            for each in self.results.trainings
+            if each.status in ("interrupted", "missing")
+        ]
 
     def to_text(self) -> str:
         """The numbers, what failed, and how to go on."""
@@ -109,11 +128,16 @@ class StudyReport:
         if self.failed:
             count = counted(len(self.failed), "training")
             lines += [f"  {count} failed:", *(f"    {line}" for line in self.failed)]
+        if self.damaged:
+            count = counted(len(self.damaged), "training")
+            lines += [f"  {count} with damaged files:", *(f"    {line}" for line in self.damaged)]
         if self.open:
             are = "is" if self.open == 1 else "are"
-            lines.append(f"  {counted(self.open, 'training')} {are} still to do")
-        if self.failed or self.open:
+            few = [f"    {line}" for line in self.to_do] if self.open <= _FEW and done else []
+            lines += [f"  {counted(self.open, 'training')} {are} still to do{':' if few else ''}", *few]
+        if self.failed or self.damaged or self.open:
             lines.append(f"to go on: featstore train-head --resume {study.folder.path}")
+            lines.append(f"on a cluster: featstore submit study collect --resume {study.folder.path}")
         return "\n".join(lines)
 
     def _rows(self) -> dict[str, dict[str, str]]:
@@ -150,7 +174,7 @@ class StudyReport:
 
     def numbers(self) -> dict[str, Any]:
         """What `metrics.json` holds."""
-        count = dict.fromkeys(("finished", "failed", "interrupted", "missing"), 0)
+        count = dict.fromkeys(("finished", "failed", "damaged", "interrupted", "missing"), 0)
         for each in self.results.trainings:
             count[each.status] += 1
         return {
@@ -160,6 +184,8 @@ class StudyReport:
             "seeds": self.study.seeds,
             "trainings": count,
             "failed": self.failed,
+            "damaged": self.damaged,
+            "to_do": self.to_do,
             "over_trainings": over_trainings(self.results),
             "pooled": {str(seed): metrics.to_json() for seed, metrics in self.pooled.items()},
             "whole_seeds": list(self.whole),
@@ -179,7 +205,7 @@ def write_report(study: Study, resamples: int, interrupted: int | None = None) -
         interrupted: The signal that ended the command early.
 
     Raises:
-        RunError: A file of a training is damaged.
+        RunError: Trainings do not belong together.
     """
     results = read_results(study)
     seeds = results.per_seed() if results.finished else {}

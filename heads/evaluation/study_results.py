@@ -13,6 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from featstore.cohort.names import natural_sorted
+from featstore.errors import first_line
 from heads.config import RunsConfig
 from heads.evaluation.metrics import Metrics, evaluate
 from heads.evaluation.runs import RunError, RunFolder
@@ -29,7 +30,7 @@ class TrainingResult:
         fold: From 0.
         seed: Of the training.
         status: How far it is.
-        error: The first line of what went wrong.
+        error: The first line of what went wrong, or of what is damaged.
         results: Its ``results.json``, if it is finished.
         metrics: Its ``metrics.json``, if it is finished.
         seconds: What its epochs took, if it is finished.
@@ -134,22 +135,14 @@ class StudyResults:
 
 
 def read_results(study: Study) -> StudyResults:
-    """Read what the trainings of a study have written.
+    """Read what the trainings of a study have written; one whose files are damaged is left out, and named.
 
     Raises:
-        RunError: A file is damaged, or does not belong to the study.
+        RunError: Trainings do not belong together.
     """
     names = tuple(study.about["class_names"])
-    trainings, rows = [], []
-    for fold, seed in study.trainings:
-        status = study.folder.status(fold, seed)
-        if status != "finished":
-            error = study.folder.error(fold, seed) if status == "failed" else ""
-            trainings.append(TrainingResult(fold, seed, status, error))
-            continue
-        run = study.folder.training(fold, seed)
-        trainings.append(_finished(run, fold, seed, names))
-        rows.append(_rows(trainings[-1], names))
+    trainings = [_result(study, fold, seed) for fold, seed in study.trainings]
+    rows = [_rows(each, names) for each in trainings if each.status == "finished"]
     columns = ["case_id", "true", "fold", "seed", "called", "threshold"]
     columns += [f"p{c}" for c in range(len(names))]
     table = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=columns)
@@ -161,6 +154,34 @@ def read_results(study: Study) -> StudyResults:
             fix="train the strange ones again: remove their folders, then train-head --resume",
         )
     return StudyResults(names, trainings, table)
+
+
+def checked_status(study: Study, fold: int, seed: int) -> Status:
+    """How far a training is, by what its files say: one that cannot be read is damaged."""
+    return _result(study, fold, seed).status
+
+
+def left(study: Study, among: Sequence[tuple[int, int]] | None = None) -> dict[tuple[int, int], Status]:
+    """The trainings that are not finished, in the order of their turn, and how far they are.
+
+    Args:
+        study: The study.
+        among: Folds and seeds that are looked at; all by default.
+    """
+    wanted = study.trainings if among is None else among
+    found = {each: checked_status(study, *each) for each in wanted}
+    return {each: status for each, status in found.items() if status != "finished"}
+
+
+def _result(study: Study, fold: int, seed: int) -> TrainingResult:
+    status = study.folder.status(fold, seed)
+    if status != "finished":
+        error = study.folder.error(fold, seed) if status == "failed" else ""
+        return TrainingResult(fold, seed, status, error)
+    try:
+        return _finished(study.folder.training(fold, seed), fold, seed, tuple(study.about["class_names"]))
+    except RunError as error:
+        return TrainingResult(fold, seed, "damaged", first_line(error))
 
 
 def _strange(table: pd.DataFrame) -> str:

@@ -29,6 +29,7 @@ from heads.evaluation.studies import open_study
 from heads.inspect.opened import Wanted, open_run
 from heads.inspect.probe_tables import read_probes
 from heads.study import study_project
+from heads.study_tasks import Asked
 from tests.bench.crchisto_peers import CLASSES, FOLDS, SPLIT_SEED, prepare
 
 HEADS = ("hierarchical", "abmil", "gated_abmil", "clam_sb", "dsmil", "dual_stream", "mean", "transmil")
@@ -77,7 +78,7 @@ def scores_of(
     )
     there = sorted((work / "runs").glob(f"study_*_{head}"))
     if not there:
-        study_project(config, work, FOLDS, seeds)
+        study_project(config, work, Asked(FOLDS, seeds))
         there = sorted((work / "runs").glob(f"study_*_{head}"))
     study = open_study(work / "runs", there[-1])
     rows = []

@@ -18,6 +18,7 @@ from featstore.errors import ConfigError
 from heads.config import Config
 from heads.evaluation.domains import MEAN, METRICS, DomainTable, HeldOut, leave_one_out_table
 from heads.evaluation.metrics import EvaluationError
+from heads.evaluation.named import AlreadyDone
 from heads.evaluation.runs import RunError
 from heads.leave_one_out import LeftOut, leave_one_out_project
 from heads.training.vae import VaeTraining
@@ -196,15 +197,18 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
         if text.startswith("4/6"):
             signal.raise_signal(signal.SIGTERM)
 
-    first = leave_one_out_project(config(root), tmp_path / "parts", tell=tell)
+    first = leave_one_out_project(config(root), tmp_path / "parts", tell=tell, name="mine")
     assert (first.table, first.done, first.interrupted) == (None, 3, signal.SIGTERM)
     assert f"--leave-one-out --resume {first.folder}" in first.to_text()
     assert not (first.folder / "results.json").exists()
-    second = leave_one_out_project(Config(), tmp_path / "parts", resume=first.folder, tell=started.append)
+    second = leave_one_out_project(Config(), tmp_path / "parts", tell=started.append, name="mine")
+    assert second.folder == tmp_path / "parts" / "runs" / "vae_mine"
     assert second.table is not None
     assert whole.table is not None
     assert second.table.to_json() == whole.table.to_json()
     assert len([text for text in started if "/6: " in text]) == 7
+    third = leave_one_out_project(Config(), tmp_path / "parts", name="mine")
+    assert third == AlreadyDone(second.folder, "")
     damaged = first.folder / "trainings" / "held_out_02_seed_3_erm.json"
     damaged.write_text("{}")
     with pytest.raises(RunError, match="result of a training cannot be read") as caught:
