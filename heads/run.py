@@ -44,6 +44,7 @@ from heads.training.loop import Training
 from heads.training.optimizer import choose_amp
 
 SAVE_SECONDS = 10.0  # of training that a killed process may lose
+_HISTORY_SECONDS = 2.0  # between two writings: epochs may be of milliseconds, and a file system shared
 PARTS = ("train", "val", "test")
 
 
@@ -261,26 +262,28 @@ class _Saver:
         observe: Callable[[Progress, int], None],
     ) -> None:
         self._run, self._train, self._identity, self._observe = run, config.train, identity, observe
-        self._saved = time.monotonic()
+        self._saved = self._written = time.monotonic()
 
     def __call__(self, training: Training) -> None:
-        history = self.write_history(training)
         every = self._train.plot_every
         if every and training.progress.epoch % every == 0:
-            plot_history(history, self._run.path)
+            plot_history(history_frame(training.progress.history), self._run.path)
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self.save(training)
+        elif time.monotonic() - self._written > _HISTORY_SECONDS:
+            self.write_history(training)
         self._observe(training.progress, self._train.epochs)
 
     def save(self, training: Training) -> None:
         save_state(self._run, training.state(), self._identity)
+        self.write_history(training)
         self._saved = time.monotonic()
 
-    def write_history(self, training: Training) -> pd.DataFrame:
-        """Write `history.csv`."""
-        history = history_frame(training.progress.history)
-        write_history(self._run, history)
-        return history
+    def write_history(self, training: Training) -> None:
+        """Write `history.csv`, once there is an epoch."""
+        if training.progress.history:
+            write_history(self._run, history_frame(training.progress.history))
+        self._written = time.monotonic()
 
 
 def _averaged(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

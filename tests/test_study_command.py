@@ -476,9 +476,13 @@ def test_a_named_run_is_begun_and_gone_on_with(project: Path) -> None:
     (run / "checkpoints" / "last.pth").unlink()  # killed before its first state: begun again
     assert {**answer(project, *words), "interrupted": 0} == {**first, "interrupted": 0}
     assert json.loads((run / "results.json").read_text())["train"]["epochs"] == 3
-    # The newest run is by time, not by name.
+    # The newest run is the one that began last, and not the last by name.
     newer = Path(answer(project, *words[:1], *words[3:], "--epochs", 1)["run"])
-    assert newer.name in succeeded(project, "evaluate").stdout
+    about = json.loads((run / "run.json").read_text())
+    for year, newest in (("2020", newer), ("2099", run)):
+        about["created"] = f"{year}-01-01T00:00:00+00:00"
+        (run / "run.json").write_text(json.dumps(about))
+        assert newest.name in succeeded(project, "evaluate").stdout
 
 
 def test_a_run_is_compared_with_a_study_and_a_study_with_itself(whole: Path, tmp_path: Path) -> None:

@@ -238,7 +238,8 @@ cli.app(sys.argv[2:])
 
 
 def epochs(run: Path) -> int:
-    return (run / "history.csv").read_text().count("\n") - 1
+    history = run / "history.csv"
+    return history.read_text().count("\n") - 1 if history.exists() else 0
 
 
 def test_stopped_or_killed_and_resumed_equals_a_run_that_was_not(project: Path) -> None:
