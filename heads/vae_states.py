@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save_file
 
 from featstore import __version__
-from featstore.files import replacing
-from heads.evaluation.checkpoints import read_plain
-from heads.evaluation.runs import RunError, write_text
+from heads.evaluation import checkpoints
+from heads.evaluation.runs import RunError, RunFolder, make_run, write_text
 from heads.training.environments import LabelledImages
 from heads.training.vae import TERMS, VaeProgress, VaeTraining
 from heads.training.vae_config import VaeConfig
@@ -106,19 +104,12 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 def state_path(folder: Path) -> Path:
     """Of the state to resume from."""
-    return folder / "checkpoints" / "last.pth"
+    return RunFolder(folder).last
 
 
 def save_state(folder: Path, training: VaeTraining, about: Mapping[str, Any]) -> None:
     """Write ``checkpoints/last.pth``, and the best weights beside it."""
-    (folder / "checkpoints").mkdir(exist_ok=True)
-    identity = _identity(about)
-    if training.best:  # the best first: a state that says "finished" never lies beside older weights
-        tensors = {name: value.contiguous() for name, value in training.best.items()}
-        with replacing(folder / "checkpoints" / "best.safetensors") as aside:
-            save_file(tensors, aside, metadata={"featstore": json.dumps(identity, ensure_ascii=False)})
-    with replacing(state_path(folder)) as aside:
-        torch.save({"identity": identity, **training.state()}, aside)
+    checkpoints.save_state(make_run(RunFolder(folder)), training.state(), _identity(about))
 
 
 def restore(folder: Path, training: VaeTraining, about: Mapping[str, Any]) -> None:
@@ -128,47 +119,26 @@ def restore(folder: Path, training: VaeTraining, about: Mapping[str, Any]) -> No
         RunError: The checkpoint is damaged, or of another training.
     """
     path = state_path(folder)
+    state = checkpoints.load_state(path, _identity(about), _check_state)
     try:
-        state = read_plain(path)
-        if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):
-            raise ValueError("it lacks the state of a training")
-    except ValueError as error:
-        raise _unreadable(path, str(error)) from error
-    found, expected = state.pop("identity"), _identity(about)
-    for name, value in expected.items():
-        if found.get(name) != value:
-            raise RunError(
-                f"the checkpoint is of another training: {name} is {found.get(name)!r}",
-                expected=f"{name} {value!r}",
-                where=str(path),
-                fix="use the run's own checkpoint, or train anew",
-            )
-    try:
-        _check_progress(state)
         training.load_state(state)
     except Exception as error:  # what loading raises depends on what does not fit
-        raise _unreadable(path, f"its state does not fit this training ({error})") from error
+        raise checkpoints.unreadable(path, f"its state does not fit this training ({error})") from error
 
 
-def _check_progress(state: Mapping[str, Any]) -> None:
-    rows = state["progress"]["history"]
-    if set(state["progress"]) != set(asdict(VaeProgress())) or not all("step" in row for row in rows):
+def _check_state(state: Mapping[str, Any]) -> None:
+    """Raises ValueError unless it is a state of a β-VAE's training."""
+    progress, best = state.get("progress"), state.get("best")
+    if not isinstance(progress, dict) or set(progress) != set(asdict(VaeProgress())):
         raise ValueError("its progress is not that of a training")
-    if not all(isinstance(value, torch.Tensor) for value in state["best"].values()):
+    if not all(isinstance(row, dict) and "step" in row for row in progress["history"]):
+        raise ValueError("its history is not that of a training")
+    if not isinstance(best, dict) or not all(isinstance(value, torch.Tensor) for value in best.values()):
         raise ValueError("its best weights are none")
 
 
 def _identity(about: Mapping[str, Any]) -> dict[str, Any]:
     return {name: about[name] for name in ("settings", "environments", "classes", "digest")}
-
-
-def _unreadable(path: Path, reason: str) -> RunError:
-    return RunError(
-        f"the checkpoint cannot be read: {reason}",
-        expected="a file that `featstore train-vae` wrote",
-        where=str(path),
-        fix="train anew; the run's other files stay as they are",
-    )
 
 
 def write_log(folder: Path, history: list[dict[str, float]], steps: int) -> None:

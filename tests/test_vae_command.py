@@ -322,7 +322,7 @@ def test_a_checkpoint_of_other_settings(run: Path, tmp_path: Path) -> None:
     text = (run / "config.yaml").read_text()
     assert "latent: 4" in text
     (run / "config.yaml").write_text(text.replace("latent: 4", "latent: 5"))
-    refuses(tmp_path, "--resume", run, says=("of another training: settings",))
+    refuses(tmp_path, "--resume", run, says=("of another training: latent is 4", "latent 5"))
 
 
 def test_the_commented_example_holds_the_defaults() -> None:
