@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -208,9 +208,10 @@ def evaluate_run(
             f"to go on: featstore train-head --resume {run.path}"
         )
     elif "finetuned" in about:
+        done = replace(done, last=done.best)  # the cache is of the best epoch's backbone
         tell(
-            "the cached embeddings are of the best epoch, and so are both lines; nothing is written: the "
-            "run's results are those of the fine-tuned model itself"
+            "the cached embeddings are of the best epoch; nothing is written: the run's results are those "
+            "of the fine-tuned model itself"
         )
     elif others := _others(config.runs, read_config(run).runs):
         tell(f"warning: another {others} than the run's own: shown here, nothing is written")

@@ -83,6 +83,9 @@ def test_back_to_a_cache_which_says_the_same(tuned: Path) -> None:
     before = (run / "results.json").read_bytes()
     cached = answer(tuned, "evaluate", f"runs/{run.name}")
     assert cached["best"]["loss"] == pytest.approx(direct["test_loss"], rel=1e-2)
+    said = succeeded(tuned, "evaluate", f"runs/{run.name}").stdout
+    assert "test, best epoch" in said
+    assert "test, last epoch" not in said
     assert (run / "results.json").read_bytes() == before
     succeeded(tuned, "attention", f"runs/{run.name}")
     with drawing_nothing():

@@ -41,6 +41,8 @@ class Evaluation:
         best_val_loss: Its validation loss.
         epochs: Epochs trained.
         calibration: Of ``best`` and of ``last``; empty without calibration.
+
+    Where ``last`` is ``best``, the last epoch is not there any more, and is not told of.
     """
 
     run: RunFolder
@@ -59,7 +61,8 @@ class Evaluation:
             f"  best epoch {self.best_epoch} of {self.epochs}, validation loss {self.best_val_loss:.4f}"
         )
         lines += self.lines("best", f"{self.part}, best epoch")
-        lines += self.lines("last", f"{self.part}, last epoch")
+        if self.last is not self.best:
+            lines += self.lines("last", f"{self.part}, last epoch")
         return "\n".join(lines + self.threshold_lines())
 
     def lines(self, name: Literal["best", "last"], title: str) -> list[str]:
