@@ -104,6 +104,11 @@ class StoreConfig(Section):
 
     path: str = Field("store", description="folder of the embedding store", json_schema_extra=PATH)
     format: Literal["hdf5", "zarr"] = Field("hdf5", description="file format of new parts: hdf5 | zarr")
+    scratch: str | None = Field(
+        None,
+        description="folder on the node's own disk that the store is copied to before training reads "
+        "it, e.g. $TMPDIR; null: none",
+    )
 
 
 class ImportConfig(Section):

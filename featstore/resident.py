@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from featstore.bags import Bag, BagBatch, collate
 from featstore.errors import StoreError
+from featstore.process import cgroup_memory, local_processes, scheduled_memory
 from featstore.store import Store
 from featstore.store.mapped import MappedRows
 from featstore.store.reading import read_features
@@ -268,12 +269,12 @@ def memory_budget(gigabytes: float | str, device: torch.device) -> int:
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, and of its cgroup where there is one."""
+    """Bytes that this process may still take: of the machine, its cgroups, and what SLURM gave its job."""
     free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = _MEMINFO.read_text().splitlines()
         free.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
-        limit = int((_CGROUP / "memory.max").read_text())
-        free.append(limit - int((_CGROUP / "memory.current").read_text()))
-    return max(0, min(free))
+    # torchrun's processes see the same free memory, and each is to leave the others theirs.
+    mine = min([*free, *cgroup_memory(_CGROUP)]) // local_processes()
+    promised = scheduled_memory()
+    return max(0, mine if promised is None else min(mine, promised))

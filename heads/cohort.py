@@ -20,6 +20,7 @@ from featstore.errors import ConfigError, FingerprintMismatch
 from featstore.process import keep_freed_memory
 from featstore.resident import CaseBags, memory_budget
 from featstore.store import Store
+from featstore.store.scratch import copy_to_scratch, scratch_folder
 from heads.config import Config
 from heads.splits import Cohort, choose_split, some_of
 
@@ -84,6 +85,8 @@ def load_bags(
 ) -> CaseBags:
     """The cases' bags, on the device and in memory as far as the settings let them.
 
+    Where ``store.scratch`` says so, they are read from a copy on the node's own disk.
+
     Args:
         config: Of the project, or of a run.
         store: Where the embeddings are.
@@ -98,6 +101,8 @@ def load_bags(
     if device.type == "cpu":
         keep_freed_memory()
     check_fingerprint(store, fingerprint)
+    if config.store.scratch is not None:
+        store = copy_to_scratch(store, labels, scratch_folder(config.store.scratch), tell)
     memory = memory_budget(config.train.memory_gb, device)
     bags = CaseBags(store, labels, memory, device, config.train.views)
     if bags.resident is None:
