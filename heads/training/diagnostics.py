@@ -93,13 +93,15 @@ class EpochLog:
         """
         losses = torch.cat(self._losses).double().cpu()
         penalties = {name: float(torch.cat(v).double().mean()) for name, v in self._penalties.items()}
-        probabilities = torch.softmax(torch.cat(self._logits).double(), dim=1).cpu().numpy()
-        labels = torch.cat(self._labels).cpu().numpy()
+        logits, classes = torch.cat(self._logits).double().cpu(), torch.cat(self._labels).cpu()
+        probabilities, labels = torch.softmax(logits, dim=1).numpy(), classes.numpy()
         means = torch.stack([part.mean() for part in torch.split(losses, batch_size)])
         found = {
             "loss": float(losses.mean()) + sum(penalties.values()),
             "cross_entropy": float(losses.mean()),
             **penalties,
+            # Without class weights and smoothing: what trainings of different settings are compared by.
+            "log_loss": float(torch.nn.functional.cross_entropy(logits, classes)),
             "accuracy": float((probabilities.argmax(1) == labels).mean()),
             "auc": rank_auc(labels, probabilities),
             "batch_loss_variance": float(means.var(correction=0)),

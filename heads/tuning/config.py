@@ -10,7 +10,7 @@ from featstore.config import Section, Texts
 
 
 class Range(Section):
-    """Numbers between two bounds; whole ones if both bounds are."""
+    """Numbers between two bounds, both included; whole ones where the setting takes no others."""
 
     low: int | float
     high: int | float
