@@ -462,6 +462,47 @@ def train_vae(
     call.answer(train_vae_project(config, project, resume, tell, tell, name))
 
 
+@command(("tune", "head", "train", "runs"), presets=_gpu("train"))
+def tune(
+    call: Call[Config],
+    name: str | None = _AS,
+    gpu: bool = typer.Option(False, "--gpu", help="insist on a GPU (--device cuda)"),
+) -> None:
+    """Search for a head's settings on folds of the cases that are not tested on, and train the winner.
+
+    The same command with --as NAME, in as many processes and on as many machines as you like, shares the
+    trials.
+    """
+    from heads.tuning.project import tune_project
+
+    call.answer(tune_project(call.config, call.project, name, call.tell))
+
+
+@command(("slurm",))
+def submit(
+    call: Call[Config],
+    steps: list[str] = typer.Argument(
+        ...,
+        help="check | extract | verify | tune | study | collect | finetune | vae; several, in any order",
+    ),
+    name: str | None = _AS,
+    folds: int | None = typer.Option(None, help="study: so many folds"),
+    seeds: int | None = typer.Option(None, help="study: so many trainings a fold"),
+    run: Path | None = typer.Option(None, help="finetune: where to start (default: the study, newest run)"),
+    resume: Path | None = typer.Option(None, help="study: only tasks with something to do in this one"),
+    dry_run: bool = typer.Option(False, "--dry-run", help="show scripts and commands; submit nothing"),
+) -> None:
+    """Hand steps of the project to SLURM as jobs, each waiting for what it needs."""
+    from heads.cluster.submit import submit_project
+
+    call.answer(
+        submit_project(
+            call.config, call.project, steps, name=name, folds=folds, seeds=seeds, run=run, resume=resume,
+            dry_run=dry_run, tell=call.tell,
+        )
+    )  # fmt: skip
+
+
 @command((*COHORT, "backbone", "extract"), in_project=None, presets=_gpu("extract"))
 def bench(
     call: Call[Config],
