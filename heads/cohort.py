@@ -17,6 +17,7 @@ from featstore.cohort import read_groups, read_labels
 from featstore.cohort.names import natural_sorted, normalize_case
 from featstore.cohort.splits import Split
 from featstore.errors import ConfigError, FingerprintMismatch
+from featstore.extraction.forward import choose_device
 from featstore.process import keep_freed_memory
 from featstore.resident import CaseBags, memory_budget
 from featstore.store import Store
@@ -97,7 +98,7 @@ def load_bags(
     Raises:
         FeatstoreError: The store cannot be used, or holds embeddings of another make.
     """
-    device = _device(config.train.device)
+    device = choose_device(config.train.device, "train.device")
     if device.type == "cpu":
         keep_freed_memory()
     check_fingerprint(store, fingerprint)
@@ -120,19 +121,6 @@ def check_fingerprint(store: Store, fingerprint: str | None) -> None:
             where=str(store.path),
             fix="name the run's store (run.json says which), or train anew",
         )
-
-
-def _device(name: str) -> torch.device:
-    if name != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda" if name == "auto" else name)
-    if name in ("auto", "cpu"):
-        return torch.device("cpu")
-    raise ConfigError(
-        f"train.device is {name}, but PyTorch sees no GPU",
-        expected="cpu or auto here",
-        where="train.device",
-        fix="--device cpu, or run where there is a GPU",
-    )
 
 
 def describe(bags: CaseBags, names: Sequence[str], labels: dict[str, int], split: Split) -> dict[str, Any]:

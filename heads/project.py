@@ -31,7 +31,7 @@ from heads.run import PARTS, TrainedRun, begin, evaluate_run, prepare, restore, 
 from heads.training.course import Progress
 
 # Settings of a place, not of a training.
-MACHINE = ("device", "memory_gb", "processes", "workers", "pixel_mb", "save_seconds")
+MACHINE = ("device", "memory_gb", "processes", "workers", "pixel_mb", "save_seconds", "scratch")
 _LOCATES = ("path", "suffix")  # settings of `runs` that say where a run is, not what it is
 
 
@@ -196,9 +196,10 @@ def own_config(
 
 
 def on_this_machine(mine: Config, given: Config) -> Config:
-    """The run's config on this machine: device, memory and processes are those given now."""
+    """The run's config on this machine: device, memory, processes and scratch are those given now."""
     here = {name: getattr(given.train, name) for name in MACHINE if hasattr(given.train, name)}
-    return mine.model_copy(update={"train": mine.train.model_copy(update=here)})
+    store = mine.store.model_copy(update={"scratch": given.store.scratch})
+    return mine.model_copy(update={"train": mine.train.model_copy(update=here), "store": store})
 
 
 def _run_of(path: Path) -> Path:

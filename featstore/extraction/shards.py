@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import heapq
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,11 +139,16 @@ def share_of_patches(
     folder = table_folder(reports, count)
     homes, pages = read_pages(folder, count)
     deadline = time.monotonic() + _PATIENCE
-    while new := [i for i, key in enumerate(keys) if key not in homes]:
-        work_of_slice = np.zeros(len(keys), np.int64)
-        np.add.at(work_of_slice, slice_of_patch, work())
-        page = balance({keys[i]: int(work_of_slice[i]) for i in new}, count, homes)
-        published = publish_page(folder, count, pages + 1, page)
+    while any(key not in homes for key in keys):
+        with _turn(folder):
+            # The others waited, and find here what the first one has published: one looks at all files.
+            homes, pages = read_pages(folder, count)
+            if not (new := [i for i, key in enumerate(keys) if key not in homes]):
+                break
+            work_of_slice = np.zeros(len(keys), np.int64)
+            np.add.at(work_of_slice, slice_of_patch, work())
+            page = balance({keys[i]: int(work_of_slice[i]) for i in new}, count, homes)
+            published = publish_page(folder, count, pages + 1, page)
         if published is None:
             homes.update((key, Home(hashed_share(key, count), page[key].work)) for key in page)
             break
@@ -159,6 +166,20 @@ def share_of_patches(
     share_of_slice = np.array([homes[key].share for key in keys], np.int64)
     shares: NDArray[np.int64] = share_of_slice[slice_of_patch]
     return shares
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Wait for this process's turn to give slices their shares, where the file system can say whose it is.
+
+    Where it cannot, several do the same work, and one of them publishes it.
+    """
+    with ExitStack() as holding:
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = holding.enter_context(open(folder / ".lock", "a+"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def balance(work: Mapping[Key, int], count: int, homes: Mapping[Key, Home]) -> dict[Key, Home]:

@@ -54,7 +54,9 @@ def encode(slices: Sequence[Slice], attributes: Mapping[str, str | int]) -> byte
 
 def _write(group: Any, name: str, array: NDArray[Any]) -> None:
     row = array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=int))
-    rows = min(len(array), max(1, _CHUNK_BYTES // row))
+    most = max(1, _CHUNK_BYTES // row)
+    # HDF5 stores the last chunk at its full size: chunks of equal size leave it less to pad.
+    rows = -(-len(array) // -(-len(array) // most))
     group.create_dataset(name, data=array, chunks=(rows, *array.shape[1:]), fletcher32=True)
 
 

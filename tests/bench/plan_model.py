@@ -18,7 +18,7 @@ DECODE = {"lab": 2.06e-3, "224": 0.70e-3}
 # Bytes a PNG of real tissue has at those sizes: mean, and standard deviation over mean.
 PNG_BYTES, PNG_SPREAD = 313_000, 2.47
 # Bytes a patch takes in a part, of slices as `bench_plan.draw` makes them: HDF5; in Zarr.
-PART_BYTES = {"hdf5": 2_478, "zarr": 2_176}
+PART_BYTES = {"hdf5": 2_182, "zarr": 2_176}
 # CPU seconds: a case to list, a case to verify quickly, a slice to read what is known of its files.
 LIST_CASE, VERIFY_CASE, SOURCES_SLICE = 95e-6, 102e-6, 0.7e-3
 # Bytes a second of one process, checksums included, and seconds a slice, files in the page cache.

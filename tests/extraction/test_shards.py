@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import time
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,6 +17,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from featstore.errors import ConfigError, FeatstoreError
 from featstore.extraction import shards
@@ -147,11 +151,28 @@ def test_processes_that_start_at_the_same_time_agree(
         return publish(*arguments)
 
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "_turn", lambda folder: contextlib.nullcontext())  # no locks there
         patch.setattr(shards, "publish_page", publish_after_another)
         found.append(start(cohorts[0], count, Path(folder)))
         homes: dict[tuple[int, int], int] = {}
         for one in found:
             assert all(homes.setdefault(key[:2], share) == share for key, share in one.items())
+
+
+def test_of_shares_that_start_at_the_same_time_one_looks_at_the_files(tmp_path: Path) -> None:
+    table = frame((case, number, 1) for case in range(3) for number in range(2))
+    asked: list[int] = []
+
+    def work() -> NDArray[np.int64]:
+        asked.append(1)
+        time.sleep(0.3)  # the others come meanwhile
+        return np.ones(len(table), np.int64)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(share_of_patches, table, 2, tmp_path, work) for _ in range(4)]
+        shares = [each.result() for each in found]
+    assert len(asked) == 1
+    assert all(np.array_equal(each, shares[0]) for each in shares)
 
 
 def test_the_number_of_shares_has_a_table_of_its_own(tmp_path: Path) -> None:
@@ -202,7 +223,7 @@ def test_without_hard_links_a_slices_name_decides(tmp_path: Path, monkeypatch: p
         patch.setattr(files.os, "link", refuse)
         found = start(cohort, 3, tmp_path)
     assert found == {p: hashed_share((str(p[0]), "h&e", f"match_{p[1]}"), 3) for p in cohort}
-    assert list(table_folder(tmp_path, 3).iterdir()) == []
+    assert [path.name for path in table_folder(tmp_path, 3).iterdir()] == [".lock"]
     # Any other failure to write ends the run: some shares may follow a table that others cannot see.
     monkeypatch.setattr(
         files.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
