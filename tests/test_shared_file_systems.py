@@ -309,13 +309,12 @@ def test_a_cohort_from_a_copy_is_the_same_and_of_the_same_store(tmp_path: Path) 
     make_planted_project(tmp_path)
     store = Store.open(tmp_path / "store")
     config, told = make_config(), list[str]()
-    scratch = StoreConfig(scratch=str(tmp_path / "disk"))
+    scratch = {"store": StoreConfig(scratch=str(tmp_path / "disk"))}
     bags = load_bags(config, store, LABELS, print)
-    copied = load_bags(config.model_copy(update={"store": scratch}), store, LABELS, told.append)
+    copied = load_bags(config.model_copy(update=scratch), store, LABELS, told.append)
     assert told[0].startswith("copying 20 cases")
     assert str(copied.store.folder(CASES[0])).startswith(f"{tmp_path}/disk/")
-    assert bags.resident is not None
-    assert copied.resident is not None
+    assert bags.resident is not None and copied.resident is not None  # noqa: PT018
     assert bags.resident.equal(copied.resident)
     about, of_copy = (describe(each, NAMES, LABELS, SPLIT) for each in (bags, copied))
     assert {**about, "created": ""} == {**of_copy, "created": ""}

@@ -73,14 +73,22 @@ def submit_project(
     if dry_run:
         folder = asked.settings.parent
         return Submission(project, folder, logs, _shown(jobs, folder), why_dry(folder))
+    return _write_and_submit(asked, wanted, run, name, tell)
+
+
+def _write_and_submit(
+    asked: Asked, steps: Sequence[Step], run: Path | None, name: str | None, tell: Callable[[str], None]
+) -> Submission:
+    """Make the submission's folder, write scripts and settings into it, and hand the jobs to SLURM."""
     folder = _new_folder(asked.settings.parent)
     asked = _placed(asked, folder, name)
-    jobs = _jobs(replace(asked, run=_start(asked, wanted, run, lambda text: None)), wanted)
+    jobs = _jobs(replace(asked, run=_start(asked, steps, run, lambda text: None)), steps)
+    logs = asked.project / asked.config.slurm.logs
     logs.mkdir(parents=True, exist_ok=True)
-    write_text(asked.settings, frozen_settings(config))
+    write_text(asked.settings, frozen_settings(asked.config))
     for planned, text in jobs:
         write_text(folder / f"{planned.job.step}.sbatch", text)
-    return _submit(Submission(project, folder, logs, ()), folder, jobs, tell)
+    return _submit(Submission(asked.project, folder, logs, ()), folder, jobs, tell)
 
 
 def _placed(asked: Asked, folder: Path, name: str | None) -> Asked:

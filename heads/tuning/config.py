@@ -54,7 +54,7 @@ class TuneConfig(Section):
     pruner: Literal["median", "hyperband", "none"] = Field(
         "median", description="who ends hopeless trials: median | hyperband | none"
     )
-    warmup_epochs: int = Field(5, ge=0, description="epochs of a trial before it may be pruned")
+    warmup_epochs: int = Field(3, ge=0, description="epochs of a trial before it may be pruned")
     storage: str | None = Field(
         None, description="URL of a database for the trials; null: a journal file in the tuning's folder"
     )

@@ -39,7 +39,7 @@ class Reports:
         if not self._by_epoch:
             return False
         self._once(epoch, value)
-        if epoch <= self._last:  # asked before it was interrupted
+        if epoch < self._last:  # asked before it was interrupted
             return False
         hopeless = self._handle.should_prune()
         states = (TrialState.COMPLETE, TrialState.PRUNED)

@@ -104,7 +104,7 @@ def lab(options: argparse.Namespace) -> None:
 def pruning(options: argparse.Namespace) -> None:
     prepare(options.work, options.data)
     epochs: dict[str, list[float]] = {name: [] for name in PRUNERS}
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for pruner in options.pruners:
             sections: Settings = {
                 "head": {"name": options.head},
@@ -146,6 +146,7 @@ def main() -> None:
         else:
             own.add_argument("--data", type=Path, required=True)
             own.add_argument("--seeds", type=int, default=3)
+            own.add_argument("--first-seed", type=int, default=0)
             own.add_argument("--head", default="dual_stream")
             own.add_argument("--pruners", nargs="+", default=PRUNERS, choices=PRUNERS)
     options = parser.parse_args()

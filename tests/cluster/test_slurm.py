@@ -151,7 +151,9 @@ def test_fifty_trainings_two_lost_and_one_damaged_are_named_submitted_again_and_
     tables = [path.name for path in study.glob("*.csv")]
     assert tables
     for name in tables:
-        assert (study / name).read_bytes() == (other / name).read_bytes(), name
+        first, second = (pd.read_csv(each / name) for each in (study, other))
+        differ = ["seconds"] if "seconds" in first else []
+        pd.testing.assert_frame_equal(first.drop(columns=differ), second.drop(columns=differ))
 
     shutil.rmtree(study / "trainings" / "fold_1_seed_43")
     shutil.rmtree(study / "trainings" / "fold_4_seed_51")

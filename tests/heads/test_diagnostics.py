@@ -152,6 +152,7 @@ def test_what_is_not_defined_is_no_number() -> None:
     log.add(HeadOutput(torch.zeros(1, CLASSES)), batch, Terms(torch.tensor([2.0]), {}, None))
     found = log.summary(4)
     assert np.isnan(found.pop("auc"))
+    assert found.pop("log_loss") == pytest.approx(np.log(CLASSES))
     assert found == {"loss": 2.0, "cross_entropy": 2.0, "accuracy": 1.0, "batch_loss_variance": 0.0}
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from featstore.settings import Layers
 from featstore.strict_yaml import read_file
 from heads.config import Config
@@ -67,6 +69,16 @@ def setattr_of(name: str, value: Any) -> None:
     """Set an attribute by its dotted name."""
     module, _, attribute = name.rpartition(".")
     setattr(importlib.import_module(module), attribute, value)
+
+
+def trials_of(folder: Path, name: str = "a") -> pd.DataFrame:
+    """All that does not depend on the clock or on how often a trial was gone on with."""
+    frame = pd.read_csv(folder / "runs" / f"tune_{name}" / "trials.csv")
+    return frame.drop(columns=["seconds", "adopted"])
+
+
+def adopted(folder: Path, name: str = "a") -> int:
+    return int((pd.read_csv(folder / "runs" / f"tune_{name}" / "trials.csv")["adopted"] > 0).sum())
 
 
 def crowd(folder: Path, name: str, count: int, killed: bool) -> None:

@@ -43,7 +43,7 @@ def test_what_stopped_early_counts_with_its_end() -> None:
     assert study.trials[0].intermediate_values == dict.fromkeys(range(1, 7), 0.5)
     handle = study.ask()
     reports = reports_of(study, handle)
-    # Still above the median in an epoch that none of the others had.
+    # Better than the median of their ends, in epochs that none of the others had.
     assert [reports.report(epoch, 0.55) for epoch in range(1, 5)] == [False] * 4
     assert reports_of(study, study.ask()).report(5, 0.65)
 
