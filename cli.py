@@ -485,7 +485,9 @@ def submit(
         ...,
         help="check | extract | verify | tune | study | collect | finetune | vae; several, in any order",
     ),
-    name: str | None = _AS,
+    name: str | None = typer.Option(
+        None, "--as", help="name of what the jobs make in runs, gone on with if there (default: the time)"
+    ),
     folds: int | None = typer.Option(None, help="study: so many folds"),
     seeds: int | None = typer.Option(None, help="study: so many trainings a fold"),
     run: Path | None = typer.Option(None, help="finetune: where to start (default: the study, newest run)"),
