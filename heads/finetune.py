@@ -90,6 +90,8 @@ def finetune_project(
         check_not_both(resume, name)
         named = None if name is None else RunFolder(named_folder(runs, "finetune", name))
         if named is not None:
+            if ranks.first:
+                holding.enter_context(held(make_run(named).path))
             # The first one looks, for all: another would see what the first has just begun.
             done, begun = ranks.from_first((named.finished, _state_path(named).is_file()))
             if done:
@@ -97,7 +99,7 @@ def finetune_project(
             resume = named.path if begun else None
         if resume is not None:
             run = find_run(runs, resume, finished=False)
-            if ranks.first:
+            if ranks.first and named is None:
                 holding.enter_context(held(run.path))
             start = open_resumed(config, project, run, ranks, tell)
             training = start.training
@@ -108,7 +110,8 @@ def finetune_project(
             training = start.training
             if ranks.first:
                 made = named or RunFolder(new_folder(runs, "finetune", config.runs.suffix))
-                holding.enter_context(held(make_run(made).path))
+                if named is None:
+                    holding.enter_context(held(make_run(made).path))
                 _begin(made, start, project)
                 tell(_announcement(made, start, ranks))
             run = RunFolder(ranks.from_first(made.path if ranks.first else Path()))

@@ -10,6 +10,7 @@ Source: training-domain validation, Gulrajani and Lopez-Paz 2021 (DomainBed, arX
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ class LeftOut:
     def to_text(self) -> str:
         """The table, or how to go on."""
         if self.table is None:
-            command = f"featstore train-vae --leave-one-out --resume {self.folder}"
+            command = f"featstore train-vae --leave-one-out --resume {shlex.quote(str(self.folder))}"
             return f"interrupted after {self.done} trainings\nto go on: {command}"
         return f"{self.table.to_text()}\nwritten: {self.folder}"
 
@@ -114,15 +115,19 @@ def leave_one_out_project(
     """
     check_not_both(resume, name)
     named = None if name is None else named_folder(project / config.runs.path, "vae", name)
-    if named is not None and is_begun(named, "leave_one_out"):
-        if (named / "results.json").is_file():
-            return already_done(named)
-        resume = named
     with ExitStack() as holding:
+        if named is not None:
+            named.mkdir(parents=True, exist_ok=True)
+            holding.enter_context(held(named))  # looked at when nobody else is at it
+            if is_begun(named, "leave_one_out"):
+                if (named / "results.json").is_file():
+                    return already_done(named)
+                resume = named
         folder: Path | None = None
         if resume is not None:
             folder, config, known = open_run(config, project, resume, "leave_one_out")
-            holding.enter_context(held(folder))
+            if named is None:
+                holding.enter_context(held(folder))
             seeds = int(known["seeds"])
         else:
             config = settled(config, project)
@@ -136,8 +141,8 @@ def leave_one_out_project(
         if folder is None:
             build_model(config.vae, len(images.classes), project)  # refuses before anything is written
             folder = named or new_folder(project / config.runs.path, "vae", config.vae.experiment)
-            folder.mkdir(parents=True, exist_ok=True)
-            holding.enter_context(held(folder))
+            if named is None:
+                holding.enter_context(held(folder))
             write_config(folder / "config.yaml", config)
             write_json(folder / ABOUT, about)
             tell_annealing(config.vae, tell)

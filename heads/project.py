@@ -58,14 +58,16 @@ def train_project(
     """
     runs = project / config.runs.path
     named = None if name is None else RunFolder(named_folder(runs, "run", name))
-    if named is not None and named.last.is_file() and named.about.is_file():
-        resume = named.path
     with ExitStack() as holding:
+        if named is not None:  # looked at when nobody else is at it
+            holding.enter_context(held(make_run(named).path))
+            resume = named.path if named.last.is_file() and named.about.is_file() else None
         if resume is not None:
             run = find_run(runs, _run_of(resume), finished=False, or_study=True)
             about = read_about(run)
             refuse_imported(run, about)
-            holding.enter_context(held(run.locked))
+            if named is None:
+                holding.enter_context(held(run.locked))
             config = on_this_machine(own_config(config, run, tell), config)
             split = read_own_split(run, about)
             load_plugin(plugin_of(config, project))
@@ -88,8 +90,9 @@ def train_project(
             restore(training, run, config, about)
             tell(f"going on with {run.path} after epoch {training.progress.epoch}")
         else:
-            run = create_run(runs, config.runs.suffix) if named is None else make_run(named)
-            holding.enter_context(held(run.path))
+            run = named or create_run(runs, config.runs.suffix)
+            if named is None:
+                holding.enter_context(held(run.path))
             begin(run, config, about, split)
             tell(f"{run.path}: {config.head.name} on {sizes(split)}, {bags.device}")
         received = holding.enter_context(stop_on_signal())
@@ -179,7 +182,8 @@ def own_config(
     sections: Sequence[str] = ("head", "train", "runs"),
 ) -> Config:
     """The run's own config; says which of the settings given now, in its sections, are not used."""
-    mine, given = read_config(run), resolved(config)
+    mine = read_config(run)
+    then, now = resolved(mine), resolved(config)
     ignored = [
         leaf.path
         for leaf in leaves(Config)
@@ -187,8 +191,8 @@ def own_config(
         and leaf.key not in MACHINE
         and not (leaf.section == "runs" and leaf.key in _LOCATES)
         and leaf.key in getattr(config, leaf.section).model_fields_set
-        and getattr(getattr(given, leaf.section), leaf.key)
-        != getattr(getattr(mine, leaf.section), leaf.key)
+        and getattr(getattr(config, leaf.section), leaf.key) != "auto"  # whatever it was then
+        and getattr(getattr(now, leaf.section), leaf.key) != getattr(getattr(then, leaf.section), leaf.key)
     ]
     if ignored:
         tell(f"the run's own settings are used; given now, and not used: {', '.join(ignored)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -70,7 +71,7 @@ class TrainedRun:
             return self.evaluation.to_text()
         return (
             f"interrupted after {self.epochs} epochs\n"
-            f"to go on: featstore train-head --resume {self.run.path}"
+            f"to go on: featstore train-head --resume {shlex.quote(str(self.run.path))}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -150,13 +151,13 @@ def train_run(
     saver.save(training)  # so that a run that is killed at once can be resumed too
     try:
         training.run(saver, received)
-    except TrainingError:
+    except Exception as error:  # a plugin's or torch's too: the epochs that there were are told
         saver.write_history(training)
-        if training.good:  # what was good stays, and can be evaluated
+        if isinstance(error, TrainingError):  # what was good stays, and can be evaluated
             save_state(run, training.good, identity)
         raise
     saver.save(training)
-    if not training.finished:
+    if received:  # also if it is finished: what goes on with it then evaluates, however long that takes
         return TrainedRun(run, None, received[0], training.progress.epoch)
     done = evaluate_run(run, config, about, training.bags, training.split, tell)
     return TrainedRun(run, done, None, training.progress.epoch)
@@ -205,7 +206,7 @@ def evaluate_run(
     if not is_finished(config.train, Progress(**state["progress"])):
         tell(
             f"warning: the training is not finished, and nothing is written; "
-            f"to go on: featstore train-head --resume {run.path}"
+            f"to go on: featstore train-head --resume {shlex.quote(str(run.path))}"
         )
     elif "finetuned" in about:
         done = replace(done, last=done.best)  # the cache is of the best epoch's backbone

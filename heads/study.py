@@ -152,6 +152,9 @@ def study_project(
         study = create_study(runs, config, about, splits)
     else:
         study = begin_study(named_folder(runs, "study", asked.name), config, about, splits)
+        asked.check_same(study)  # another process may have been faster
+        mine = own_config(config, RunFolder(study.folder.path), tell)
+        study = replace(study, config=on_this_machine(mine, config))
     about_first = f"fold {fold}: {sizes(first)}, {bags[0].device}"
     tell(f"{study.folder.path}: {config.head.name}, {study.size}, {about_first}")
     with held(study.folder.path, shared=shard is not None):
@@ -187,7 +190,7 @@ def resume_study(
         todo = list(left(study, share))
         tell(f"going on with {study.folder.path}: {len(todo)} of {len(share)} trainings to do")
         if not todo:
-            return _report(study, shard, share, [], None)
+            return _report(study, shard, share, todo, [], None)
         load_plugin(plugin_of(mine, project))
         store = Store.open(project / mine.store.path)
         bags = [load_bags(mine, store, about["labels"], tell, about["store"]["fingerprint"])]
@@ -267,17 +270,18 @@ def _train(
             bags.clear()
             tell(f"{count} trainings at once")
             train_in_processes(study, project, count, memory // count, todo, received, show)
-    return _report(study, shard, share, outcomes, received[0] if received else None)
+    return _report(study, shard, share, todo, outcomes, received[0] if received else None)
 
 
 def _report(
     study: Study,
     shard: Shard | None,
     share: list[tuple[int, int]],
+    todo: list[tuple[int, int]],
     outcomes: list[Outcome],
     interrupted: int | None,
 ) -> StudyReport | TaskReport:
     """Of the whole study its tables and pictures; of a task what it did, since others are at work."""
     if shard is None:
         return write_report(study, study.config.runs.resamples, interrupted)
-    return TaskReport(study, shard, len(share), outcomes, interrupted)
+    return TaskReport(study, shard, len(share), len(todo), outcomes, interrupted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -112,13 +113,15 @@ class TaskReport:
         study: The study.
         shard: The task's share.
         size: How many trainings that is.
-        outcomes: Of those that were still to do.
+        todo: How many of them were still to do.
+        outcomes: Of those that were begun.
         interrupted: The signal that ended the task early; None if none did.
     """
 
     study: Study
     shard: Shard
     size: int
+    todo: int
     outcomes: Sequence[Outcome]
     interrupted: int | None = None
 
@@ -141,7 +144,7 @@ class TaskReport:
         ]
         if self.interrupted is not None:
             lines.append("to go on: the same command")
-        lines.append(f"when all tasks have ended: featstore evaluate --study {path}")
+        lines.append(f"when all tasks have ended: featstore evaluate --study {shlex.quote(str(path))}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

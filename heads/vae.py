@@ -60,7 +60,7 @@ class TrainedVae:
     def to_text(self) -> str:
         """The results, or how to go on."""
         if self.results is None:
-            command = f"featstore train-vae --resume {self.folder}"
+            command = f"featstore train-vae --resume {shlex.quote(str(self.folder))}"
             return f"interrupted after {self.steps} steps\nto go on: {command}"
         lines = []
         for name in ("best", "last"):
@@ -103,15 +103,19 @@ def train_vae_project(
     """
     check_not_both(resume, name)
     named = None if name is None else named_folder(project / config.runs.path, "vae", name)
-    if named is not None and is_begun(named, "train"):
-        if (named / RESULTS).is_file():
-            return already_done(named)
-        resume = named
     with ExitStack() as holding:
+        if named is not None:
+            named.mkdir(parents=True, exist_ok=True)
+            holding.enter_context(held(named))  # looked at when nobody else is at it
+            if is_begun(named, "train"):
+                if (named / RESULTS).is_file():
+                    return already_done(named)
+                resume = named
         folder: Path | None = None
         if resume is not None:
             folder, config, known = open_run(config, project, resume, "train")
-            holding.enter_context(held(folder))
+            if named is None:
+                holding.enter_context(held(folder))
         else:
             config = settled(config, project)
         vae = config.vae
@@ -127,8 +131,8 @@ def train_vae_project(
         training = VaeTraining(build_model(vae, len(images.classes), project, weights), data, vae, device)
         if folder is None:
             folder = named or new_folder(project / config.runs.path, "vae", vae.experiment)
-            folder.mkdir(parents=True, exist_ok=True)
-            holding.enter_context(held(folder))
+            if named is None:
+                holding.enter_context(held(folder))
             write_config(folder / "config.yaml", config)
             write_json(folder / ABOUT, about)
             tell(f"{folder}: {sized(data)}, {device}")

@@ -227,8 +227,9 @@ def test_stopped_or_killed_and_resumed_equals_a_study_that_was_not(
     if number == signal.SIGTERM:
         assert child.returncode == 128 + signal.SIGTERM
         assert f"--resume {study}" in said
-        shown = succeeded(project, "evaluate", "--study", study).stdout
-        assert "trainings are still to do" in shown
+        shown = featstore(project, "evaluate", "--study", study)
+        assert shown.exit_code == 1
+        assert "trainings are still to do" in shown.stdout
     else:
         assert child.returncode == -signal.SIGKILL
     epoch, epochs = Training._epoch, list[int]()
@@ -353,7 +354,10 @@ def test_what_all_trainings_remark_is_told_once(project: Path, processes: int) -
     assert "pooled" not in said.split("[3/3]")[1]
 
 
-@pytest.mark.parametrize("name", ["results.json", "metrics.json", "history.csv"])
+@pytest.mark.parametrize(
+    "name",
+    ["results.json", "metrics.json", "history.csv", "predictions.csv", "checkpoints/best.safetensors"],
+)
 def test_a_damaged_training_is_named_left_out_and_trained_anew(
     whole: Path, tmp_path: Path, name: str
 ) -> None:
@@ -363,7 +367,7 @@ def test_a_damaged_training_is_named_left_out_and_trained_anew(
     done = featstore(copy, "evaluate", "--study", study)
     assert done.exit_code == 1
     assert "5 of 6 trainings finished" in done.stdout
-    assert f"fold 1 seed 43: {name} cannot be read" in done.stdout
+    assert f"fold 1 seed 43: {name.rpartition('/')[2]} cannot be read" in done.stdout
     assert json.loads((study / "metrics.json").read_text())["trainings"]["damaged"] == 1
     said = succeeded(copy, "train-head", "--resume", study.name).stdout
     assert "1 of 6 trainings to do" in said
@@ -379,7 +383,7 @@ def test_tasks_share_a_study_and_what_they_lack_is_named_and_done(whole: Path, p
         said = succeeded(project, *words, "--task", f"{task}/4").stdout
         assert f"task {task}/4 of {study}: {1 if task > 1 else 2} of" in said
     shown = featstore(project, "evaluate", "--study", study)
-    assert shown.exit_code == 0
+    assert shown.exit_code == 1
     assert "1 training is still to do:\n    fold 0 seed 43: missing" in shown.stdout
     shutil.rmtree(study / "trainings" / "fold_2_seed_43")
     (study / "trainings" / "fold_0_seed_42" / "results.json").write_text("{")

@@ -30,9 +30,10 @@ from heads.evaluation.metrics import youden_threshold
 from heads.evaluation.predict import predict
 from heads.evaluation.runs import RunFolder, read_about, read_config
 from heads.models.outputs import effective_attention
+from heads.training.loop import Training
 from heads.training.optimizer import choose_amp
 from tests import helpers
-from tests.command_line import answer, listing, make_project, refused, succeeded
+from tests.command_line import answer, featstore, listing, make_project, refused, succeeded
 
 CASES = 15
 NAMES = ["benign", "high_grade"]
@@ -277,6 +278,28 @@ def test_stopped_or_killed_and_resumed_equals_a_run_that_was_not(project: Path) 
         pd.testing.assert_frame_equal(history(run), history(whole), check_exact=True)
         best = "checkpoints/best.safetensors"
         assert (run / best).read_bytes() == (whole / best).read_bytes()
+
+
+def test_a_signal_in_the_last_epoch_leaves_the_evaluation_to_who_goes_on(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epoch = Training._epoch
+
+    def signalled(training: Training) -> None:
+        epoch(training)
+        if training.progress.epoch == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    words = ("train-head", "--as", "mine", "--epochs", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_epoch", signalled)
+        done = featstore(project, *words)
+    assert done.exit_code == 128 + signal.SIGTERM
+    assert "interrupted after 2 epochs" in done.stdout
+    assert not (project / "runs" / "run_mine" / "results.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_epoch", lambda training: pytest.fail("trained again"))
+        assert answer(project, *words)["epochs"] == 2
 
 
 def test_the_threshold_comes_from_the_validation_cases(

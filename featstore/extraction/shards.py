@@ -27,6 +27,8 @@ _ARRAY_VARIABLES = {"SLURM_ARRAY_TASK_ID": 0, "PBS_ARRAY_INDEX": 0, "SGE_TASK_ID
 _FORWARD_BYTES, _USUAL_SIDE = 1_200_000, 224
 # Network file systems remember for up to a minute that a file was not there.
 _PATIENCE = 120.0
+# What looking at all files of a cohort may take; in seconds.
+_TURN = 1800.0
 
 _SHARE = re.compile(r"(\d+|auto)/[1-9]\d*", re.ASCII)
 
@@ -172,13 +174,19 @@ def share_of_patches(
 def _turn(folder: Path) -> Iterator[None]:
     """Wait for this process's turn to give slices their shares, where the file system can say whose it is.
 
-    Where it cannot, several do the same work, and one of them publishes it.
+    Where it cannot, or whose turn it is hangs, several do the same work, and one of them publishes it.
     """
     with ExitStack() as holding:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             file = holding.enter_context(open(folder / ".lock", "a+"))
-            fcntl.flock(file, fcntl.LOCK_EX)
+            deadline = time.monotonic() + _TURN
+            while time.monotonic() < deadline:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.1)
         yield
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from featstore.errors import ConfigError
 
-_NAME = re.compile(r"[\w+-][\w.+-]{0,63}")
+_NAME = re.compile(r"[\w+-][\w.+-]{0,63}", re.ASCII)
 
 
 def named_folder(runs: Path, kind: str, name: str) -> Path:

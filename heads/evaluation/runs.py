@@ -192,8 +192,9 @@ def held(
     Raises:
         RunError: Another process holds it.
     """
-    # The kernel lets go of the lock with the process, however that ends: none is ever stale. Open for
-    # reading too: on NFS that is what a shared lock asks for.
+    # The kernel lets go of the lock with the process, however that ends; on NFS with the machine's lease,
+    # if that ends with it. Where there are no locks, nobody is kept out. Open for reading too: on NFS that
+    # is what a shared lock asks for.
     with open(folder / name, "a+") as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +88,8 @@ class StudyReport:
 
     @property
     def exit_code(self) -> int:
-        """1 if a training failed, or its files are damaged."""
-        return 1 if self.failed or self.damaged else 0
+        """1 unless every training is finished, and its files can be read."""
+        return 1 if self.failed or self.damaged or self.open else 0
 
     @property
     def open(self) -> int:
@@ -136,8 +137,9 @@ class StudyReport:
             few = [f"    {line}" for line in self.to_do] if self.open <= _FEW and done else []
             lines += [f"  {counted(self.open, 'training')} {are} still to do{':' if few else ''}", *few]
         if self.failed or self.damaged or self.open:
-            lines.append(f"to go on: featstore train-head --resume {study.folder.path}")
-            lines.append(f"on a cluster: featstore submit study collect --resume {study.folder.path}")
+            path = shlex.quote(str(study.folder.path))
+            lines.append(f"to go on: featstore train-head --resume {path}")
+            lines.append(f"on a cluster: featstore submit study collect --resume {path}")
         return "\n".join(lines)
 
     def _rows(self) -> dict[str, dict[str, str]]:

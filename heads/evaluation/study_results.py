@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from featstore.cohort.names import natural_sorted
 from featstore.errors import first_line
@@ -237,6 +238,14 @@ def _finished(run: RunFolder, fold: int, seed: int, names: tuple[str, ...]) -> T
             raise ValueError("it lacks metrics")
         path = run.history
         seconds = float(pd.read_csv(path)["seconds"].sum())
+        path = run.path / "predictions.csv"
+        if pd.read_csv(path)["true_label"].size != len(results["test"]["case_ids"]):
+            raise ValueError("it has other cases than results.json")
+        path = run.best
+        with safe_open(path, "np"):  # its header, and whether it is as long as that says
+            pass
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise _damaged(path, error) from error
     return TrainingResult(fold, seed, "finished", "", results, metrics, seconds)

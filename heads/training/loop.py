@@ -81,6 +81,7 @@ class Training(Course):
             self.ema = AveragedModel(self.head, multi_avg_fn=average, use_buffers=True)
         self.scaler = make_scaler(bags.device, config)
         self.good: dict[str, Any] = {}
+        self._stop: Sequence[int] = ()
 
     @property
     def model(self) -> Head:
@@ -100,13 +101,21 @@ class Training(Course):
 
         Args:
             after_epoch: Called after every epoch: to save, to show.
-            stop: Signals received so far; looked at between epochs.
+            stop: Signals received so far; looked at between steps. An epoch that is not whole is given up,
+                and the training is where it was before.
 
         Raises:
             TrainingError: The loss is no longer a number.
         """
+        self._stop = stop
+        if not self.good:
+            self.good = self._copied_state()
         while not self.finished and not stop:
+            before = self.progress.epoch
             self._epoch()
+            if self.progress.epoch == before:
+                self.load_state(self.good)
+                return
             after_epoch(self)
 
     def _epoch(self) -> None:
@@ -117,6 +126,8 @@ class Training(Course):
         # A seed of its own for every epoch, and the caller's chance left as it was.
         with seeded(self.bags.device, self.config.seed * 1_000_003 + progress.epoch):
             log, norms = self.learn(self.data.epoch(progress.epoch), schedule)
+        if self._stop:
+            return
         size = int(self.config.batch_size)
         row["grad_norm"] = mean_norm(norms)
         row |= {f"train_{name}": value for name, value in log.summary(size).items()}
@@ -127,10 +138,12 @@ class Training(Course):
             self.scheduler.step(row["val_cross_entropy"])
         elif self.scheduler is not None:
             self.scheduler.step()
-        # Should the next epoch diverge, this one can still be saved; `best` is replaced, never changed.
+        self.good = self._copied_state()  # should the next epoch diverge, this one can still be saved
+
+    def _copied_state(self) -> dict[str, Any]:
         state = self.state()
-        best = state.pop("best")
-        self.good = {**copy.deepcopy(state), "best": best}
+        best = state.pop("best")  # which is replaced, never changed
+        return {**copy.deepcopy(state), "best": best}
 
     def learn(
         self, epoch: Sequence[Bag], schedule: Mapping[str, float]
@@ -142,6 +155,8 @@ class Training(Course):
         self.head.train()
         batch_size = int(config.batch_size)
         for step in chunks(epoch, batch_size * config.gradient_accumulation_steps):
+            if self._stop:
+                break
             self.optimizer.zero_grad(set_to_none=True)
             batches = chunks(step, batch_size)
             for bags in (micro for batch in batches for micro in micro_batches(batch, config.patch_budget)):

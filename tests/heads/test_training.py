@@ -259,6 +259,35 @@ def test_a_resumed_training_equals_one_that_was_not_interrupted(
     assert (len(set(rates)) > 1) == (scheduler != "none")
 
 
+@pytest.mark.parametrize("epoch", [0, 3])
+@pytest.mark.parametrize("name", BOTH)
+def test_a_signal_within_an_epoch_is_heeded_and_the_epoch_given_up(
+    bags: CaseBags, name: str, epoch: int
+) -> None:
+    settings = {"epochs": 5, "batch_size": 4, "ema_decay": 0.5, "scheduler": "cosine", "patience": None}
+    config = make_config(name, {"dropout": 0.2}, **settings)
+    whole = trained(bags, config)
+    first, stop = make_training(bags, config), list[int]()
+
+    def signalled(head: nn.Module, inputs: object) -> None:
+        if head.training and first.progress.epoch == epoch:
+            stop.append(15)
+
+    handle = first.head.register_forward_pre_hook(signalled)
+    told: list[int] = []
+    first.run(lambda training: told.append(training.progress.epoch), stop)
+    handle.remove()
+    assert len(stop) == 1  # of the several steps of an epoch
+    assert told == list(range(1, epoch + 1))
+    resumed = make_training(bags, config, change=lambda head: nn.init.ones_(head.classifier.weight))
+    resumed.load_state(copy.deepcopy(first.state()))
+    for training in (first, resumed):
+        training.run()
+        assert same_bits(whole.head.state_dict(), training.head.state_dict())
+        assert same_bits(whole.best, training.best)
+        assert history(whole) == history(training)
+
+
 # The moving average
 
 
