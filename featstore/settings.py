@@ -151,8 +151,12 @@ class Layers:
         location = [str(part) for part in problem["loc"]]
         path = next((p for p in (".".join(location[:2]), location[0]) if p in known), ".".join(location))
         origin = self.origins.get(path, self.origins.get(location[0], "the defaults"))
-        if problem["type"] == "extra_forbidden":
+        if problem["type"] == "extra_forbidden" and (
+            path not in known or len(location) <= path.count(".") + 1
+        ):
             return unknown_key(model, path, origin)
+        if problem["type"] == "extra_forbidden":
+            return _unknown_within(known[path], problems, origin)
         value: Any = self.values
         depth = path.count(".") + 1
         for name in location[:depth]:
@@ -167,6 +171,29 @@ class Layers:
         return ConfigError(
             f"{path} is {value!r}", expected=expected, where=origin, fix=f"give {path} another value"
         )
+
+
+def _unknown_within(leaf: Leaf, problems: Sequence[Any], origin: str) -> ConfigError:
+    """The error for a key that does not exist within a setting's value.
+
+    A value of several forms fails once for each of them: the form with the fewest problems is meant.
+    """
+    depth = leaf.path.count(".") + 1
+    forms: dict[tuple[str, ...], list[Any]] = {}
+    for problem in problems:
+        place = tuple(str(part) for part in problem["loc"])
+        if ".".join(place[:depth]) == leaf.path and len(place) > depth:
+            forms.setdefault(place[:-1], []).append(problem)
+    place, meant = min(forms.items(), key=lambda form: len(form[1]))
+    within = ".".join(part for part in place if not part[:1].isupper())
+    words = {"extra_forbidden": "no such key", "missing": "is missing"}
+    said = [f"{p['loc'][-1]}: {words.get(p['type'], _plain(p['msg']))}" for p in meant]
+    return ConfigError(
+        f"{within} cannot be read: {'; '.join(said)}",
+        expected=leaf.info.description or "other keys",
+        where=origin,
+        fix=f"mend what stands below {within}",
+    )
 
 
 def unknown_key(model: type[BaseModel], path: str, origin: str) -> ConfigError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,29 @@ def test_order_of_the_layers(tmp_path: Path) -> None:
     (project / "featstore.yaml").write_text("{}")
     result = command_line.succeeded(project, "check", "--json")
     assert json.loads(result.stdout)["caps"]["per_slice_cap"] == Config().train.per_slice_cap
+
+
+def test_only_config_takes_the_place_of_featstore_yaml(tmp_path: Path) -> None:
+    project = command_line.make_project(tmp_path / "project", {"train": {"per_slice_cap": 11}})
+    below = project / "below"
+    below.mkdir()
+    whole = json.loads((project / "featstore.yaml").read_text()) | {"train": {"epochs": 12}}
+    (below / "only.yaml").write_text(json.dumps(whole))
+
+    def caps(*flags: str) -> tuple[Any, Any]:
+        words = ("check", "--json", "--config", "only.yaml", "--only-config", *flags)
+        found = json.loads(command_line.succeeded(below, *words).stdout)["caps"]
+        return found["per_slice_cap"], found["epochs"]
+
+    default = Config().train.per_slice_cap
+    assert default != 11
+    assert caps() == (default, 12)  # in the project that is found, as ever
+    assert caps("--set", "train.per_slice_cap=13") == (13, 12)
+    (project / "featstore.yaml").write_text("trian: {epochs: 3}")
+    assert caps() == (default, 12)
+    (project / "featstore.yaml").unlink()
+    assert caps("--project", "..") == (default, 12)
+    command_line.refused(below, "check", "--project", "..", "--only-config", says=("without --config",))
 
 
 @pytest.mark.parametrize(
@@ -223,3 +247,19 @@ def test_the_project_is_found_from_below(tmp_path: Path) -> None:
     assert find_project(deep) == tmp_path
     (deep / "featstore.yaml").touch()
     assert find_project(deep) == deep
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"slurm": {"steps": {"extract": {"gpu": 1}}}}, "slurm.steps.extract cannot be read: gpu: no such"),
+        ({"tune": {"space": {"train.lr": {"lo": 0, "high": 1}}}}, "low: is missing; lo: no such key"),
+        ({"tune": {"space": {"train.lr": {"choices": []}}}}, "choices: List should have at least 1 item"),
+        ({"train": {"sub_cases": {"m": 2}}}, "train.sub_cases cannot be read: n: is missing; m: no such"),
+    ],
+)
+def test_a_wrong_key_within_a_setting_is_named_where_it_stands(given: dict[str, Any], says: str) -> None:
+    layers = Layers()
+    layers.add(Config, given, "featstore.yaml")
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        layers.build(Config)
