@@ -218,20 +218,9 @@ class CommandLine(Generic[C]):
         """The settings: defaults, featstore.yaml, --config, --set, flags; the last word wins."""
         here = Path.cwd()
         layers = settings.Layers()
-        given = values["project"].absolute() if values["project"] else None
-        project = given or (here if in_project is False else settings.find_project(here))
-        if in_project is None:
-            project = project or here
-        there = project is not None and (project / settings.PROJECT_FILE).is_file()
-        if in_project is not False and project is not None and there:
-            path = project / settings.PROJECT_FILE
-            layers.add(self._model, read_file(path), str(path))
-        elif in_project or project is None:
-            raise ConfigError(
-                f"no {settings.PROJECT_FILE} in {project or here}" + ("" if project else " or its parents"),
-                expected="a project folder",
-                fix="make one: featstore init PATCHES --labels labels.csv; or name one: --project DIR",
-            )
+        project, file = _project(values, in_project, here)
+        if file is not None:
+            layers.add(self._model, read_file(file), str(file))
         if values["config_file"] is not None:
             layers.add(self._model, read_file(values["config_file"]), str(values["config_file"]))
         for text in values["assignments"] or ():
@@ -248,6 +237,34 @@ class CommandLine(Generic[C]):
                 layers.add(self._model, {leaf.section: {leaf.key: value}}, flag)
         layers.add(self._model, presets, "the command")
         return Call(layers.build(self._model), project, values["as_json"])
+
+
+def _project(values: Mapping[str, Any], in_project: bool | None, here: Path) -> tuple[Path, Path | None]:
+    """The project's folder, and its `featstore.yaml` if that is to be read.
+
+    Raises:
+        ConfigError: It must be there and is not, or nothing takes its place.
+    """
+    given = values["project"].absolute() if values["project"] else None
+    project = given or (here if in_project is False else settings.find_project(here))
+    if values["only_config"]:
+        if values["config_file"] is None:
+            raise ConfigError(
+                "--only-config without --config",
+                expected=f"the file that is read in place of {settings.PROJECT_FILE}",
+                where="--only-config",
+                fix=f"add --config FILE, or leave out --only-config to read {settings.PROJECT_FILE}",
+            )
+        return project or here, None
+    if in_project is not False and project is not None and (project / settings.PROJECT_FILE).is_file():
+        return project, project / settings.PROJECT_FILE
+    if not in_project:
+        return project or here, None
+    raise ConfigError(
+        f"no {settings.PROJECT_FILE} in {project or here}" + ("" if project else " or its parents"),
+        expected="a project folder",
+        fix="make one: featstore init PATCHES --labels labels.csv; or name one: --project DIR",
+    )
 
 
 def _annotations(function: Callable[..., None]) -> dict[str, Any]:
@@ -272,6 +289,16 @@ def _common() -> list[inspect.Parameter]:
             "config_file",
             Path | None,
             typer.Option(None, "--config", help="YAML laid over featstore.yaml", rich_help_panel=panel),
+        ),
+        _parameter(
+            "only_config",
+            bool,
+            typer.Option(
+                False,
+                "--only-config",
+                help="read --config in place of featstore.yaml",
+                rich_help_panel=panel,
+            ),
         ),
         _parameter(
             "assignments",

@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from featstore.cohort.names import natural_sorted
 from featstore.cohort.splits import Split, make_splits, read_split
+from featstore.config import SplitConfig
 from featstore.errors import ConfigError
 from heads.config import Config
 
@@ -42,6 +45,34 @@ def read_folds(
     Raises:
         FeatstoreError: The files cannot be used, or are not as many as asked for; a class is too small.
     """
+    files = study_files(config, project, folds)
+    if not files:
+        count, seed = folds or config.split.folds, config.split.seed
+        made = make_splits(cohort.labels, cohort.groups, count, seed, cohort.class_names)
+        tell(f"splits: {f'{count} folds' if count else '60/20/20'}, made now (seed {seed})")
+        return dict(enumerate(made))
+    found: dict[int, Split] = {}
+    for fold, file in files.items():
+        split, out = read_split(file, list(cohort.labels), cohort.groups, config.patches.normalize_cases)
+        if out:
+            tell(f"warning: {file.name}: {len(out)} cases stand in no part of it: {some_of(out)}")
+        found[fold] = split
+    tell(f"splits: {len(found)} of {project / (config.train.load_splits or config.split.path)}")
+    return found
+
+
+def study_files(config: Config, project: Path, folds: int | None) -> dict[int, Path]:
+    """The files of a study's splits, by fold; none where splits are to be made.
+
+    Args:
+        config: The project's settings.
+        project: The folder that relative paths start from.
+        folds: How many are asked for; None: as many as there are.
+
+    Raises:
+        ConfigError: The settings name one fold, or files that are not there; the files are not as many as
+            asked for, or not one a fold.
+    """
     given = project / (config.train.load_splits or config.split.path)
     files = [given] if given.is_file() else sorted(given.glob("data_splits_*.npz"))
     if config.train.fold is not None:
@@ -65,19 +96,29 @@ def read_folds(
             where="--folds, train.load_splits, split.path",
             fix="leave out --folds, or have new splits made in another folder: --split-path FOLDER",
         )
-    if not files:
-        count, seed = folds or config.split.folds, config.split.seed
-        made = make_splits(cohort.labels, cohort.groups, count, seed, cohort.class_names)
-        tell(f"splits: {f'{count} folds' if count else '60/20/20'}, made now (seed {seed})")
-        return dict(enumerate(made))
-    found: dict[int, Split] = {}
-    for fold, file in ({0: given} if given.is_file() else _by_fold(files)).items():
-        split, out = read_split(file, list(cohort.labels), cohort.groups, config.patches.normalize_cases)
-        if out:
-            tell(f"warning: {file.name}: {len(out)} cases stand in no part of it: {some_of(out)}")
-        found[fold] = split
-    tell(f"splits: {len(found)} of {given}")
-    return found
+    if given.is_file():
+        return {0: given}
+    return _by_fold(files)
+
+
+def with_folds(config: Config, folds: int | None) -> Config:
+    """The config of a study of so many folds.
+
+    Raises:
+        ConfigError: There cannot be so many.
+    """
+    if folds is None:
+        return config
+    try:
+        SplitConfig(folds=folds)
+    except ValidationError as error:  # of split.folds, a name that nobody typed
+        raise ConfigError(
+            f"--folds is {folds}",
+            expected=error.errors()[0]["msg"].removeprefix("Input should be "),
+            where="--folds",
+            fix="--folds 5; or one split and many seeds: leave out --folds, --seeds 10",
+        ) from error
+    return config.model_copy(update={"split": config.split.model_copy(update={"folds": folds})})
 
 
 def test_cases(

@@ -6,9 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from featstore.config import SplitConfig
 from featstore.errors import ConfigError
 from featstore.extraction.shards import Shard
 from featstore.process import stop_on_signal
@@ -33,7 +30,7 @@ from heads.project import (
     train_project,
 )
 from heads.run import TrainedRun, prepare, settled
-from heads.splits import read_folds
+from heads.splits import read_folds, with_folds
 from heads.study_tasks import Asked, TaskReport, share_of
 from heads.study_trainings import Outcome, process_count, train_in_processes, train_in_turn
 from heads.training.course import Progress
@@ -129,7 +126,7 @@ def study_project(
             where="--seeds, train.seed",
             fix="--seeds 10",
         )
-    config = resolved(_with_folds(config, folds))
+    config = resolved(with_folds(config, folds))
     load_plugin(plugin_of(config, project))
     store = Store.open(project / config.store.path)
     cohort = labelled_cases(config, project, store, tell)
@@ -217,22 +214,6 @@ def evaluate_study(
     tell_not_used(config.runs, study.config.runs, study.folder.path, tell, names)
     given = "resamples" in config.runs.model_fields_set
     return write_report(study, (config if given else study.config).runs.resamples)
-
-
-def _with_folds(config: Config, folds: int | None) -> Config:
-    """The config of a study of so many folds."""
-    if folds is None:
-        return config
-    try:
-        SplitConfig(folds=folds)
-    except ValidationError as error:  # of split.folds, a name that nobody typed
-        raise ConfigError(
-            f"--folds is {folds}",
-            expected=error.errors()[0]["msg"].removeprefix("Input should be "),
-            where="--folds",
-            fix="--folds 5; or one split and many seeds: leave out --folds, --seeds 10",
-        ) from error
-    return config.model_copy(update={"split": config.split.model_copy(update={"folds": folds})})
 
 
 def _train(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from featstore.config import PATH, Section
 
 Step = Literal["check", "extract", "verify", "tune", "study", "collect", "finetune", "vae"]
+# One core does, and after an interruption they begin anew: they save nothing to go on with.
+SMALL: tuple[Step, ...] = ("check", "verify", "collect")
 
 # As SLURM takes them: minutes, MM:SS, HH:MM:SS, D-HH[:MM[:SS]].
 _TIME = r"^(\d+|\d+:\d{1,2}(:\d{1,2})?|\d+-\d{1,2}(:\d{1,2}){0,2})$"
@@ -16,7 +18,13 @@ _MEMORY = r"^\d+[KMGT]$"
 _Count = Annotated[int, Field(ge=1, le=100_000)]
 _Words = Annotated[str, Field(min_length=1)]
 
-Time = Annotated[str, Field(pattern=_TIME)]
+
+def _as_minutes(value: object) -> object:
+    """`time: 20` means twenty minutes, as sbatch has it."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Time = Annotated[str, BeforeValidator(_as_minutes), Field(pattern=_TIME)]
 Memory = Annotated[str, Field(pattern=_MEMORY)]
 
 
@@ -70,7 +78,10 @@ class SlurmConfig(Section):
         description="seconds before its time is up that a task saves, and goes back into the queue",
     )
     restarts: int = Field(
-        20, ge=0, le=1000, description="how often a task may go back into the queue by itself"
+        20,
+        ge=0,
+        le=1000,
+        description="restarts after which a task no longer puts itself back; SLURM's own count too",
     )
     steps: dict[Step, StepConfig] = Field(
         {}, description="other values for a step: {extract: {gpus: 1, time: 4:00:00}}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,11 +10,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from featstore.errors import ConfigError
-from heads.cluster.config import SlurmConfig, Step
+from heads.cluster.checks import check_option, check_text, check_time
+from heads.cluster.config import SMALL, SlurmConfig, Step
 from heads.cluster.scripts import Job
 from heads.cluster.study_size import StudySize
 from heads.config import Config
-from heads.evaluation.config_file import config_text
+from heads.evaluation.named import named_folder
 
 STEPS: tuple[Step, ...] = get_args(Step)  # in the order in which they run
 # What a step needs; where that is not submitted along with it, what that needs. Tuning and a study need
@@ -29,12 +29,7 @@ _NEEDS: dict[Step, Step] = {
     "finetune": "collect",
     "vae": "check",
 }
-_SMALL = ("check", "verify", "collect")  # one core does
 _WITH_GPU_FLAG = ("extract", "tune", "study", "finetune", "vae")
-# Read as given or not given, not by their value alone: frozen only if given.
-_ASKED_AS_GIVEN = (("train", "bag_size"), ("train", "min_lr"))
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
-_NAME = re.compile(r"[\w+-][\w.+-]{0,63}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -58,6 +53,12 @@ class Asked:
     study: StudySize | None = None
     resume: Path | None = None
     run: Path | None = None
+
+    @property
+    def study_folder(self) -> Path:
+        """Of the study that is begun or gone on with."""
+        runs = self.project / self.config.runs.path
+        return self.resume or named_folder(runs, "study", self.name)
 
 
 @dataclass(frozen=True)
@@ -106,17 +107,6 @@ def ordered(steps: Sequence[str]) -> list[Step]:
     return [step for step in STEPS if step in steps]
 
 
-def check_name(name: str | None) -> None:
-    """Raises ConfigError if this is no name for jobs and folders."""
-    if name is not None and not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"--as is {name!r}",
-            expected="letters, digits, and . _ + -, at most 64",
-            where="--as",
-            fix="--as first",
-        )
-
-
 def plan(asked: Asked, steps: Sequence[Step]) -> list[Planned]:
     """The jobs of some steps, in order.
 
@@ -128,18 +118,21 @@ def plan(asked: Asked, steps: Sequence[Step]) -> list[Planned]:
 
 def _planned(asked: Asked, step: Step, steps: Sequence[Step]) -> Planned:
     settings = _settings(asked.config.slurm, step)
+    check_time(settings, step)
     words, tasks = _words(asked, step)
-    common = ("--project", str(asked.project), "--config", str(asked.settings))
+    common = ("--project", str(asked.project), "--config", str(asked.settings), "--only-config")
     gpu = ("--gpu",) if settings.gpus and step in _WITH_GPU_FLAG else ()
     command, *rest = words
     job = Job(
         step=step,
-        name=f"featstore-{step}",
+        name=f"{step}-featstore",
         words=(command, *common, *gpu, *rest),
         settings=settings,
         tasks=tasks and tasks + (f"%{settings.at_once}" if settings.at_once else ""),
         launcher=launcher(settings),
     )
+    for word in (*job.launcher, *job.words):
+        check_text(word)
     after: Step | None = _NEEDS.get(step)
     while after is not None and after not in steps:
         after = _NEEDS.get(after)
@@ -151,7 +144,7 @@ def _planned(asked: Asked, step: Step, steps: Sequence[Step]) -> Planned:
 def _settings(slurm: SlurmConfig, step: Step) -> SlurmConfig:
     """What a step's jobs ask for."""
     settings = slurm.of(step)
-    if step not in _SMALL:
+    if step not in SMALL:
         return settings
     own = slurm.steps.get(step)
     small = {name: value for name, value in (("cpus", 1), ("gpus", 0)) if getattr(own, name, None) is None}
@@ -161,7 +154,6 @@ def _settings(slurm: SlurmConfig, step: Step) -> SlurmConfig:
 def _words(asked: Asked, step: Step) -> tuple[tuple[str, ...], str | None]:
     """A step's words of featstore, and its array."""
     slurm, named = asked.config.slurm, ("--as", asked.name)
-    study = str(asked.resume or asked.project / asked.config.runs.path / f"study_{asked.name}")
     if step == "extract":
         return ("extract", "--shard", f"auto/{slurm.shards}"), f"0-{slurm.shards - 1}"
     if step == "tune":
@@ -170,7 +162,7 @@ def _words(asked: Asked, step: Step) -> tuple[tuple[str, ...], str | None]:
         assert asked.study is not None
         return _study_words(asked, asked.study), asked.study.array
     if step == "collect":
-        return ("evaluate", "--study", study), None
+        return ("evaluate", "--study", str(asked.study_folder)), None
     if step == "finetune":
         return ("finetune", *named, *([str(asked.run)] if asked.run else [])), None
     return ("train-vae", *named) if step == "vae" else (step,), None
@@ -232,13 +224,7 @@ def _options(asked: Asked, step: Step, settings: SlurmConfig, tasks: str | None)
         )
     words += settings.sbatch
     for word in words:
-        if _CONTROLS.search(word):
-            raise ConfigError(
-                f"an option of sbatch holds a line break or another control character: {word!r}",
-                expected="text of one line",
-                where="slurm, --project",
-                fix="choose another value, or another path",
-            )
+        check_option(word)
     return tuple(words)
 
 
@@ -256,12 +242,3 @@ def _pattern(folder: Path) -> str:
             fix="slurm.logs: another folder",
         )
     return str(folder).replace("%", "%%")
-
-
-def frozen_settings(config: Config) -> str:
-    """All settings as YAML, so that what is written into featstore.yaml later does not reach the jobs."""
-    content = config.model_dump()
-    for section, key in _ASKED_AS_GIVEN:
-        if key not in getattr(config, section).model_fields_set:
-            del content[section][key]
-    return config_text(Config.model_validate(content), only_given=True)

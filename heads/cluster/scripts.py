@@ -13,93 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from featstore.errors import ConfigError
-from heads.cluster.config import SlurmConfig, Step
+from heads.cluster import shell
+from heads.cluster.config import SMALL, SlurmConfig, Step
 
-# The trap on ERR names the line of the set-up that failed: one of the script itself (depth 1) or of the
-# site file (depth 2), but no command within a file that these read.
-_SHELL = """\
-if [ -z "${{SLURM_JOB_ID:-}}" ]; then
-  echo "this is a job for SLURM: sbatch $0" >&2
-  exit 2
-fi
-
-# A task is named by its array: the number of its own may be that of the whole array.
-job=$SLURM_JOB_ID
-if [ -n "${{SLURM_ARRAY_TASK_ID:-}}" ]; then job=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID; fi
-say() {{ printf '[%(%F %T)T job %s] %s\n' -1 "$job" "$*"; }}
-
-# USR1 comes when the time is nearly up, TERM when the job is cancelled, preempted or out of time.
-# featstore is told to save; only a job that ran out of time goes back into the queue by itself.
-featstore= again= stopped= signalled=
-stop() {{
-  signalled=1 stopped=1
-{stop}
-}}
-out_of_time() {{ scontrol show job "$job" --oneliner 2>/dev/null | grep -q ' Reason=TimeLimit '; }}
-trap 'say "the time is nearly up: saving"; again=1; stop' USR1
-trap 'say "told to stop: saving"; stop; if out_of_time; then again=1; else again=; fi' TERM INT
-
-# What this cluster needs first. A line that fails ends the job, and is named.
-words=("$@")
-set --
-setup_failed() {{
-  if [ "$1" -gt {depth} ]; then return; fi
-  say "a line of the set-up has failed with code $2: $3"
-  exit 1
-}}
-trap 'setup_failed "${{#BASH_SOURCE[@]}}" "$?" "$BASH_COMMAND"' ERR
-{setup}
-trap - ERR
-set +e -u
-set -- ${{words[@]+"${{words[@]}}"}}
-
-{environment}
-if [ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ]; then say "restart $SLURM_RESTART_COUNT"; fi
-code=143
-if [ -z "$stopped" ]; then
-{command}
-  featstore=$!
-  while :; do  # a signal ends the waiting, not featstore
-    signalled=
-    wait "$featstore"
-    code=$?
-    if [ -z "$signalled" ]; then break; fi
-  done
-fi
-
-trap '' USR1 TERM INT  # a job that is put back is told to stop
-if [ -n "$again" ] && {interrupted}; then
-  if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {restarts} ]; then
-    say "stopped in time, but not put back into the queue: restarted {restarts} times already"
-  elif scontrol requeue "$job"; then
-    say "stopped in time, and back in the queue"
-  else
-    say "stopped in time, but SLURM did not take it back into the queue: submit the same again"
-  fi
-fi
-exit "$code"
-"""
-_SITE = """\
-site=${FEATSTORE_SITE:-$SLURM_SUBMIT_DIR/featstore_site.sh}
-case $site in /*) ;; *) site=$SLURM_SUBMIT_DIR/$site ;; esac
-if [ -n "${FEATSTORE_SITE:-}" ] || [ -e "$site" ]; then . "$site"; fi"""
-_ONE_PROCESS = 'export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"'
-_ON_NODES = """\
-# One torchrun a node, by srun. They meet at the first node, by SLURM's own address of it: its name need
-# not mean anything on the others.
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address=$(scontrol show node "$first" --oneliner | grep -o ' NodeAddr=[^ ]*' | cut -d = -f 2)
-port=$((20000 + SLURM_JOB_ID % 10000))
-processes={processes}
-cores=$((${{SLURM_CPUS_PER_TASK:-1}} / processes))
-export OMP_NUM_THREADS=$((cores > 0 ? cores : 1))
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={seconds}  # for saving; where torch is too old to know it, 30 s
-# torchrun reads --node-rank from PET_NODE_RANK.
-on_nodes=(srun --ntasks-per-node=1 --cpus-per-task="${{SLURM_CPUS_PER_TASK:-1}}"
-  --kill-on-bad-exit=0 --wait=0  # the first process saves and writes when the others have ended
-  bash -c 'PET_NODE_RANK=$SLURM_NODEID exec "$@"' bash)
-rendezvous=(--nnodes "${{SLURM_JOB_NUM_NODES:-1}}" --nproc-per-node "$processes"
-  --master-addr "${{address:-$first}}" --master-port "$port")"""
+# torchrun has one code for all that goes wrong.
+_INTERRUPTED = {True: '[ "$code" -ne 0 ]', False: '{ [ "$code" -eq 143 ] || [ "$code" -eq 130 ]; }'}
 _PER_GPU = "${SLURM_GPUS_ON_NODE:-1}"
 
 _SUMMARIES: dict[Step, str] = {
@@ -152,16 +70,18 @@ def script(job: Job) -> str:
     many = job.step == "finetune"
     processes = _PER_GPU if job.site else str(max(1, job.settings.gpus))
     comments = "".join(f"#{' ' * bool(line)}{line}\n" for line in (_SUMMARIES[job.step], *job.usage))
-    body = _SHELL.format(
+    small = job.step in SMALL
+    body = shell.SHELL.format(
+        signals=shell.SIGNALS_SMALL if small else shell.SIGNALS,
+        traps=shell.TRAPS_SMALL.format(step=job.step) if small else _traps(job.settings),
         stop=_stop(many),
         depth=2 if job.site else 1,
-        setup=_SITE if job.site else "\n".join(job.settings.setup),
-        environment=_ON_NODES.format(processes=processes, seconds=job.settings.signal_seconds)
+        setup=shell.SITE if job.site else "\n".join(job.settings.setup),
+        environment=shell.ON_NODES.format(processes=processes, seconds=job.settings.signal_seconds)
         if many
-        else _ONE_PROCESS,
+        else shell.ONE_PROCESS,
         command=_command(job, many),
-        interrupted='[ "$code" -ne 0 ]' if many else '{ [ "$code" -eq 143 ] || [ "$code" -eq 130 ]; }',
-        restarts=job.settings.restarts,
+        at_end="" if small else shell.AT_END.format(interrupted=_INTERRUPTED[many]),
     )
     return f"#!/bin/bash\n{comments}{_directives(job)}\n{body}"
 
@@ -179,11 +99,17 @@ def _directives(job: Job) -> str:
         "nodes": str(settings.nodes) if job.step == "finetune" else None,
         "ntasks-per-node": "1" if job.step == "finetune" else None,
         "array": job.tasks,
-        "signal": f"B:USR1@{settings.signal_seconds}",
+        "signal": None if job.step in SMALL else f"B:USR1@{settings.signal_seconds}",
         "open-mode": "append",
     }
     lines = [f"#SBATCH --{name}={value}\n" for name, value in options.items() if value is not None]
     return "".join([*lines, "#SBATCH --requeue\n"])
+
+
+def _traps(settings: SlurmConfig) -> str:
+    """What happens when the time is nearly up, of a step that can go on where it was."""
+    seconds = settings.signal_seconds
+    return shell.TRAPS.format(restarts=settings.restarts, net=max(seconds - 10, -(-seconds // 2)))
 
 
 def _stop(many: bool) -> str:
@@ -260,7 +186,7 @@ def _bare(
         "A file featstore_site.sh there is read first, or $FEATSTORE_SITE; see README.md beside this file.",
     )
     return Job(
-        step, f"featstore-{step}", words, SlurmConfig(), tasks,
+        step, f"{step}-featstore", words, SlurmConfig(), tasks,
         shell=shell, output=output, usage=usage, site=True,
     )  # fmt: skip
 

@@ -12,9 +12,11 @@ from featstore.store import Store
 from heads.config import Config
 from heads.evaluation.studies import Status, Study, counted, open_study
 from heads.evaluation.study_results import left
+from heads.splits import study_files, with_folds
 from heads.study_tasks import share_of
 
 _SEEDS = 2**32
+_MOST = 100_000  # trainings of a study: far more is a slip of the keyboard
 _TASK_SECONDS = 600.0  # of a task: far more than it takes to start it
 # A study of 50 trainings, 30 epochs, 64,526 patches of 1024 features took 711 s on two cores
 # (BENCHMARKS.md, bench_study.py): 7e7 numbers a core and second, evaluation and pictures included.
@@ -70,6 +72,13 @@ def new_study(config: Config, project: Path, folds: int | None, seeds: int | Non
             fix="--seeds 10",
         )
     total = len(found) * count
+    if total > _MOST:
+        raise ConfigError(
+            f"{len(found)} folds × {count} seeds are {total:,} trainings",
+            expected=f"at most {_MOST:,}",
+            where="--folds, --seeds",
+            fix="--folds 5 --seeds 10",
+        )
     each, why = _per_task(config, project, total)
     tasks = -(-total // each)
     return StudySize(found, count, tasks, tuple(range(tasks)), why)
@@ -105,40 +114,9 @@ def _line(fold: int, seed: int, status: Status) -> str:
 
 def _folds(config: Config, project: Path, folds: int | None) -> tuple[int, ...]:
     """The folds of the split files, if there are any; else as many as are asked for."""
-    given = project / (config.train.load_splits or config.split.path)
-    files = [given] if given.is_file() else sorted(given.glob("data_splits_*.npz"))
-    if files and folds not in (None, len(files)):
-        raise ConfigError(
-            f"--folds is {folds}, but {given} holds {counted(len(files), 'split')}",
-            expected="as many folds as there are splits",
-            where="--folds, train.load_splits, split.path",
-            fix="leave out --folds",
-        )
-    if given.is_file():
-        return (0,)
-    if files:
-        return tuple(sorted(_fold_of(file) for file in files))
-    count = folds if folds is not None else config.split.folds
-    if count is not None and count < 2:
-        raise ConfigError(
-            f"--folds is {count}",
-            expected="two or more, each of them the test set once",
-            where="--folds",
-            fix="--folds 5; or one split and many seeds: leave out --folds, --seeds 10",
-        )
-    return tuple(range(count or 1))
-
-
-def _fold_of(file: Path) -> int:
-    number = file.stem.rpartition("_")[2]
-    if not (number.isascii() and number.isdecimal() and int(number) > 0):
-        raise ConfigError(
-            f"the name of {file.name} has no number from 1 on",
-            expected="data_splits_01.npz, data_splits_02.npz, …",
-            where=str(file.parent),
-            fix="give each file a number of its own, or move it out of the folder",
-        )
-    return int(number) - 1
+    wanted = with_folds(config, folds)
+    files = study_files(config, project, folds)
+    return tuple(files) if files else tuple(range(wanted.split.folds or 1))
 
 
 def _per_task(config: Config, project: Path, total: int) -> tuple[int, str]:

@@ -10,15 +10,18 @@ from pathlib import Path
 
 from featstore.errors import ConfigError
 from featstore.project import REPORTS
+from heads.cluster.checks import check_logs, check_name
 from heads.cluster.config import Step
-from heads.cluster.plan import Asked, Planned, check_name, frozen_settings, ordered, plan
+from heads.cluster.plan import Asked, Planned, ordered, plan
 from heads.cluster.sbatch import check_sbatch, sbatch, why_dry
 from heads.cluster.scripts import script
 from heads.cluster.study_size import new_study, resumed_study, sizes_text
 from heads.cluster.submission import Submission, Submitted
 from heads.config import Config
+from heads.evaluation.config_file import config_text
+from heads.evaluation.named import check_not_both, named_folder
 from heads.evaluation.runs import find_run, write_json, write_text
-from heads.evaluation.studies import is_study
+from heads.evaluation.studies import is_study, open_study
 from heads.study_tasks import Asked as StudyAsked
 
 _FOLDER = Path(REPORTS) / "submit"
@@ -55,19 +58,24 @@ def submit_project(
     Raises:
         FeatstoreError: The steps or settings cannot be used; SubmitError if SLURM refuses a job.
     """
-    check_name(name)
     wanted, project = ordered(steps), project.absolute()
+    check_not_both(resume, name)
+    check_name(name, wanted, project / config.runs.path)
     _check_options(wanted, folds, seeds, run, resume)
     if not dry_run:
         check_sbatch()
     stamp = f"{datetime.now():%Y%m%d_%H%M%S}" + (f"_{name}" if name else "")
     asked = _placed(Asked(config, project, Path(), ""), project / _FOLDER / stamp, name)
-    asked = _with_study(asked, wanted, folds, seeds, resume or _begun(asked, name), tell)
     logs = project / config.slurm.logs
+    check_logs(logs)
+    asked = _with_study(asked, wanted, folds, seeds, resume or _begun(asked, wanted, name), tell)
     if asked.study is not None and not asked.study.todo:
-        text = f"nothing to submit: all trainings of {asked.resume} are finished\n"
-        text += f"for its tables: {shlex.join(['featstore', 'evaluate', '--study', str(asked.resume)])}"
-        return Submission(project, None, logs, (), text)
+        finished = f"nothing to submit: all trainings of {asked.resume} are finished"
+        wanted.remove("study")
+        if not wanted:
+            tables = shlex.join(["featstore", "evaluate", "--study", str(asked.resume)])
+            return Submission(project, None, logs, (), f"{finished}\nfor its tables: {tables}")
+        tell(f"study: {finished}")
     asked = replace(asked, run=_start(asked, wanted, run, tell))
     jobs = _jobs(asked, wanted)  # what cannot be submitted is refused before anything is written
     if dry_run:
@@ -85,7 +93,7 @@ def _write_and_submit(
     jobs = _jobs(replace(asked, run=_start(asked, steps, run, lambda text: None)), steps)
     logs = asked.project / asked.config.slurm.logs
     logs.mkdir(parents=True, exist_ok=True)
-    write_text(asked.settings, frozen_settings(asked.config))
+    write_text(asked.settings, config_text(asked.config, only_given=True))
     for planned, text in jobs:
         write_text(folder / f"{planned.job.step}.sbatch", text)
     return _submit(Submission(asked.project, folder, logs, ()), folder, jobs, tell)
@@ -96,10 +104,12 @@ def _placed(asked: Asked, folder: Path, name: str | None) -> Asked:
     return replace(asked, settings=folder / "settings.yaml", name=name or folder.name)
 
 
-def _begun(asked: Asked, name: str | None) -> Path | None:
+def _begun(asked: Asked, steps: Sequence[Step], name: str | None) -> Path | None:
     """The study of this name, if it was begun."""
-    study = asked.project / asked.config.runs.path / f"study_{name}"
-    return study if name is not None and is_study(study.parent, study) else None
+    if name is None or "study" not in steps:
+        return None
+    study = named_folder(asked.project / asked.config.runs.path, "study", name)
+    return study if is_study(study.parent, study) else None
 
 
 def _new_folder(wanted: Path) -> Path:
@@ -177,8 +187,10 @@ def _start(
         return None
     runs = asked.project / asked.config.runs.path
     if run is None and asked.study is not None:
-        seed, study = asked.config.train.seed, asked.resume or runs / f"study_{asked.name}"
-        start = study / "trainings" / f"fold_{asked.study.folds[0]}_seed_{seed}"
+        seed = asked.config.train.seed
+        if asked.resume is not None:
+            seed = open_study(runs, asked.resume).seeds[0]
+        start = asked.study_folder / "trainings" / f"fold_{asked.study.folds[0]}_seed_{seed}"
     else:
         start = find_run(runs, run).path.absolute()
     tell(f"finetune: from {start}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +17,7 @@ from heads.evaluation.named import made_at_once
 from heads.evaluation.runs import (
     RunError,
     RunFolder,
+    held,
     new_folder,
     read_config,
     read_description,
@@ -22,8 +25,10 @@ from heads.evaluation.runs import (
     write_json,
 )
 from heads.evaluation.studies import Study, StudyFolder
+from heads.tuning.given import with_given
 
 ABOUT = "tune.json"  # what makes a folder a tuning
+_TRIAL = "trial_"  # how the names of the trials' locks begin
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,27 @@ class TuneFolder(StudyFolder):
         return self.path / f"outer_{fold}"
 
     def trial(self, fold: int, number: int) -> Path:
-        """The state of a trial that is at work."""
+        """The state of a trial that is at work; only who holds the trial makes and removes it."""
         return self.path / "trials" / f"{fold}_{number}"
+
+    @contextmanager
+    def trial_held(self, fold: int, number: int) -> Iterator[None]:
+        """Keep other workers from this trial; raises RunError if one is at it."""
+        locks = self.locks  # not in the trial's folder, which is removed by whoever ends it
+        locks.mkdir(exist_ok=True)
+        with held(locks, "at this trial", name=f"{_TRIAL}{fold}_{number}"):
+            yield
+
+    def drop_trials(self) -> None:
+        """Remove what trials needed while they were at work; for who holds `turn`, when all have ended."""
+        shutil.rmtree(self.path / "trials", ignore_errors=True)
+        for lock in self.locks.glob(f"{_TRIAL}*"):
+            lock.unlink(missing_ok=True)
+
+    @property
+    def locks(self) -> Path:
+        """The files that are locked while a trial, or a training of the winner, is at work."""
+        return self.path / "locks"
 
     def training(self, fold: int, seed: int) -> RunFolder:
         """The run folder of one training of the winner."""
@@ -142,6 +166,7 @@ def create_tuning(
 def _fill(folder: TuneFolder, config: Config, about: Mapping[str, Any], outer: Mapping[int, Split]) -> None:
     folder.splits.mkdir()
     (folder.path / "trials").mkdir()
+    folder.locks.mkdir()
     for fold, split in outer.items():
         save_split(folder.split(fold), split)
         folder.outer(fold).mkdir()
@@ -171,4 +196,4 @@ def open_tuning(path: Path) -> Tuning:
             where=str(folder.about),
             fix="bring the file back, or tune again",
         )
-    return Tuning(folder, read_config(RunFolder(path)), about)
+    return Tuning(folder, with_given(read_config(RunFolder(path)), about["given"]), about)

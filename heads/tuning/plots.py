@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ _CLIP = 95  # per cent: beyond, a diverging trial would press all others into a 
 
 def plot_trials(
     folder: Path, found: OuterFindings, study: optuna.Study, space: Space, objective: str
-) -> list[Path]:
+) -> list[str]:
     """Draw ``history``, ``importance``, ``parallel`` and ``slices``; what cannot be drawn is removed.
 
     Args:
@@ -38,24 +38,27 @@ def plot_trials(
         objective: ``val_loss`` or ``val_auc``.
 
     Returns:
-        The pictures written.
+        What is not drawn though there are trials enough, and why.
     """
     rows = [row for row in found.trials if row.state == "finished" and row.value is not None]
     minimize = study.direction == optuna.study.StudyDirection.MINIMIZE
+    shares = importances(study) if len(rows) >= _LEAST else {}
     drawn: dict[str, Callable[[], Figure | None]] = {
         "history": lambda: _history(found.trials, objective, minimize) if rows else None,
-        "importance": lambda: _importance(study) if len(rows) >= _LEAST else None,
+        "importance": lambda: _importance(shares) if shares else None,
         "parallel": lambda: _parallel(rows, space, objective, minimize) if len(rows) > 1 else None,
         "slices": lambda: _slices(found.trials, space, objective, found.best) if rows else None,
     }
-    written = []
     for name, draw in drawn.items():
         path, figure = folder / f"{name}.png", draw()
         path.unlink(missing_ok=True)
         if figure is not None:
             save(figure, path)
-            written.append(path)
-    return written
+    if shares or len(rows) < _LEAST:
+        return []
+    return [
+        "importance.png is not drawn: no setting that all finished trials have tells their values apart"
+    ]
 
 
 def _values(rows: Sequence[TrialRow]) -> Floats:
@@ -124,7 +127,8 @@ def _grid(axes: Axes) -> None:
 def importances(study: optuna.Study) -> dict[str, float]:
     """Each setting's share of the objective's variance (fANOVA: Hutter et al. 2014), the largest first.
 
-    Only settings that every finished trial has can be told apart; empty where the values do not differ.
+    Only settings that every finished trial has can be told apart; empty where none of them does, or the
+    values do not differ.
 
     Args:
         study: With finished trials.
@@ -133,14 +137,14 @@ def importances(study: optuna.Study) -> dict[str, float]:
     if len({trial.value for trial in done}) < 2:
         return {}
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    try:
+        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    except RuntimeError:  # no tree of the forest has found anything to part the trials by
+        return {}
     return {name: float(value) for name, value in found.items()}
 
 
-def _importance(study: optuna.Study) -> Figure | None:
-    found = importances(study)
-    if not found:
-        return None
+def _importance(found: Mapping[str, float]) -> Figure:
     figure = Figure(figsize=(7.5, 1.3 + 0.42 * len(found)), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     names, shares = list(found)[::-1], list(found.values())[::-1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,12 +26,12 @@ from heads.training.course import TrainingError
 from heads.tuning.findings import findings_of, winner_of
 from heads.tuning.folder import Tuning, create_tuning, is_tuning, open_tuning
 from heads.tuning.folds import check_folds, inner_folds
+from heads.tuning.given import given_settings, laid_over
 from heads.tuning.locks import exclusive
 from heads.tuning.report import TuneReport, best_head, make_report, write_findings
-from heads.tuning.space import HEAD, laid_over, make_space
+from heads.tuning.space import HEAD, make_space
 from heads.tuning.storage import open_database, quiet
 from heads.tuning.tasks import Tasks
-from heads.tuning.winner import given_settings
 from heads.tuning.workers import Worker
 
 _SEEDS = 2**32
@@ -59,8 +58,8 @@ def tune_project(
     path = None if name is None else named_folder(runs, "tune", name)
     if path is not None and is_tuning(path):
         tuning, bags = open_tuning(path), None
-        mine = own_config(config, RunFolder(path), tell, ("head", "train", "runs", "tune"))
-        tuning = replace(tuning, config=on_this_machine(mine, config))
+        own_config(config, RunFolder(path), tell, ("head", "train", "runs", "tune"))  # tells what differs
+        tuning = replace(tuning, config=on_this_machine(tuning.config, config))
         load_plugin(plugin_of(tuning.config, project))
     else:
         tuning, bags = _begin(config, project, path, tell)
@@ -169,7 +168,7 @@ def _finish(tasks: Tasks, worker: Worker, interrupted: int | None) -> TuneReport
     if not over or waiting or (worker.done == 0 and folder.summary.is_file()):
         return report
     with exclusive(folder.writing):
-        report = make_report(tasks, interrupted)
-        write_findings(tasks, report)
-        shutil.rmtree(folder.path / "trials", ignore_errors=True)
+        report = write_findings(tasks, make_report(tasks, interrupted))
+    with exclusive(folder.turn):  # nobody is about to hold a trial that has just ended
+        folder.drop_trials()
     return report

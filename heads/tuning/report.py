@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from featstore.cohort.tables import write_csv
@@ -33,6 +36,7 @@ class TuneReport:
             without a finished final training.
         left: Whether there is something to do, for others or for a later command.
         interrupted: The signal that ended the command early; None if none did.
+        remarks: Of the pictures that could not be drawn.
     """
 
     tuning: Tuning
@@ -41,6 +45,7 @@ class TuneReport:
     pooled: Metrics | None
     left: bool
     interrupted: int | None = None
+    remarks: Sequence[str] = ()
 
     @property
     def exit_code(self) -> int:
@@ -66,20 +71,22 @@ class TuneReport:
         for found in self.outer:
             lines += _outer_lines(found, self.tuning)
         lines += self._look_lines()
-        lines += self._test_lines()
+        lines += [*self._test_lines(), *self.remarks]
         if self.left:
             at_work = sum(found.counts["at work"] for found in self.outer)
             if self.interrupted is None and not self.failed:
-                lines.append("other workers are at the rest" + (f": {at_work} trials" if at_work else ""))
+                lines.append(
+                    "other workers are at the rest" + (f": {counted(at_work, 'trial')}" if at_work else "")
+                )
             name = path.name.removeprefix("tune_")
             lines.append(f"to go on: featstore tune --as {name}")
         else:
-            lines.append(f"the winner's settings: featstore train-head --config {self._best_path()}")
+            many = len(self.outer) > 1
+            for fold in self.tuning.folds:
+                path = self.tuning.folder.outer(fold) if many else self.tuning.folder.path
+                whose = f"the winner of outer fold {fold}" if many else "the winner's settings"
+                lines.append(f"{whose}: featstore train-head --config {shlex.quote(str(path / BEST))}")
         return "\n".join(lines)
-
-    def _best_path(self) -> str:
-        one = len(self.outer) == 1
-        return str(self.tuning.folder.path / ("" if one else "outer_K") / BEST)
 
     def _look_lines(self) -> list[str]:
         finals = len(self.results.finished)
@@ -141,6 +148,7 @@ class TuneReport:
             "pooled": None if self.pooled is None else self.pooled.to_json(),
             "finished": not self.left,
             "interrupted": self.interrupted,
+            "remarks": list(self.remarks),
         }
 
 
@@ -192,7 +200,7 @@ def _interval(estimate: Any) -> str:
 
 
 def make_report(tasks: Tasks, interrupted: int | None = None) -> TuneReport:
-    """What a tuning has found by now."""
+    """What a tuning has found by now; of one that is finished, with what was remarked then."""
     tuning = tasks.tuning
     results = read_results(tuning.study())
     pooled = None
@@ -200,7 +208,16 @@ def make_report(tasks: Tasks, interrupted: int | None = None) -> TuneReport:
         resamples = tuning.config.runs.resamples
         pooled = results.mean(results.table).metrics(results.class_names, resamples)
     outer = [findings_of(tasks, fold) for fold in tuning.folds]
-    return TuneReport(tuning, outer, results, pooled, tasks.left(), interrupted)
+    remarks = _remarks(tuning.folder.summary)
+    return TuneReport(tuning, outer, results, pooled, tasks.left(), interrupted, remarks)
+
+
+def _remarks(summary: Path) -> list[str]:
+    try:
+        found = json.loads(summary.read_text(encoding="utf-8")).get("remarks", [])
+        return [str(each) for each in found]
+    except (OSError, ValueError, TypeError, AttributeError):  # not written yet, or not by us
+        return []
 
 
 def best_head(found: OuterFindings, tuning: Tuning) -> str:
@@ -218,16 +235,25 @@ def best_head(found: OuterFindings, tuning: Tuning) -> str:
     )
 
 
-def write_findings(tasks: Tasks, report: TuneReport) -> None:
-    """Write ``trials.csv``, the pictures, ``tuning.txt``, and last ``tuning.json``."""
+def write_findings(tasks: Tasks, report: TuneReport) -> TuneReport:
+    """Write ``trials.csv``, the pictures, ``tuning.txt``, and last ``tuning.json``.
+
+    Returns:
+        The report with remarks on the pictures.
+    """
     folder, tuning = tasks.tuning.folder, tasks.tuning
     write_trials(tasks, report)
+    remarks = list[str]()
     for found in report.outer:
         pictures = folder.path if len(report.outer) == 1 else folder.outer(found.fold)
         objective = tuning.config.tune.objective
-        plot_trials(pictures, found, tasks.studies[found.fold], tasks.space, objective)
+        undrawn = plot_trials(pictures, found, tasks.studies[found.fold], tasks.space, objective)
+        fold = f"outer fold {found.fold}: " if len(report.outer) > 1 else ""
+        remarks += [fold + each for each in undrawn]
+    report = replace(report, remarks=remarks)
     write_text(folder.path / "tuning.txt", report.to_text() + "\n")
     write_json(folder.summary, report.to_json())
+    return report
 
 
 def write_trials(tasks: Tasks, report: TuneReport) -> None:

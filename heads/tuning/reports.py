@@ -7,8 +7,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from heads.tuning.config import TuneConfig
 
-_PADDED = 1000  # steps at most that are reported after early stopping
-
 
 class Reports:
     """The reports of one trial, each made once, however often the trial is gone on with.
@@ -41,27 +39,29 @@ class Reports:
         self._once(epoch, value)
         if epoch < self._last:  # asked before it was interrupted
             return False
-        hopeless = self._handle.should_prune()
+        if not self._handle.should_prune():
+            return False
         states = (TrialState.COMPLETE, TrialState.PRUNED)
         ended = self._handle.study.get_trials(deepcopy=False, states=states)
-        return hopeless and len(ended) >= self._tune.startup_trials
+        return len(ended) >= self._tune.startup_trials
 
-    def pad(self, epoch: int, epochs: int, value: float) -> None:
-        """Report the end for the epochs that early stopping has saved.
+    def end(self, epochs: int, value: float) -> None:
+        """Report the end where others are going to look for it.
 
-        Trials that go on are then held against all that had come to an end by that epoch; else they would
-        be held against the slow ones alone.
+        The median takes what was reported last (`heads.tuning.pruners.MedianOfEnds`). Hyperband's rungs
+        know of those trials alone that were asked about there; a head that is solved has reported nothing.
 
         Args:
-            epoch: The last one.
             epochs: As many as there might have been.
             value: Of the objective.
         """
-        first = epoch + 1 if self._by_epoch else epochs
-        for step in range(first, min(epochs, first + _PADDED) + 1):
-            self._once(step, value)
-            if self._tune.pruner == "hyperband":  # its rungs know of those alone that were asked about
-                self._handle.should_prune()
+        rungs = self._tune.pruner == "hyperband"
+        if rungs or not self._by_epoch:
+            self._once(epochs, value)
+        # Every question is answered up to a rung at which others would be ended: as many as rungs at most.
+        for _ in range(epochs.bit_length() if rungs else 0):
+            if not self._handle.should_prune():
+                break
 
     def _once(self, step: int, value: float) -> None:
         if step not in self._known:

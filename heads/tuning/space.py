@@ -8,12 +8,14 @@ from typing import Any
 
 import optuna
 
-from featstore.errors import ConfigError, FeatstoreError
-from featstore.settings import Layers, leaves, unknown_key
-from heads.config import Config, own_settings, resolved, unused_settings
-from heads.models.head import Head, build_head
+from featstore.errors import ConfigError
+from featstore.settings import leaves, unknown_key
+from heads.config import Config, own_settings, unused_settings
+from heads.models.head import Head
+from heads.tuning.checks import built, check_rates, check_trained, check_value
 from heads.tuning.config import Choices, Range
 from heads.tuning.dimensions import Dimension, make_dimension
+from heads.tuning.given import laid_over
 
 HEAD = "head.name"
 _FIXED = {
@@ -129,9 +131,9 @@ def make_space(config: Config, dim: int, class_names: Sequence[str]) -> Space:
             where="tune.heads",
             fix="leave one of them out",
         )
-    heads = {
-        name: _built(laid_over(config, {HEAD: name}), dim, class_names, "tune.heads") for name in names
-    }
+    heads = {name: built(laid_over(config, {HEAD: name}), dim, class_names, "tune.heads") for name in names}
+    for name, head in heads.items():  # else what is wrong with these would be told of a dimension
+        check_trained(head, laid_over(config, {HEAD: name}), class_names)
     given = config.tune.space
     if given is None:
         given = _default_space(config, heads)
@@ -147,7 +149,7 @@ def make_space(config: Config, dim: int, class_names: Sequence[str]) -> Space:
         for name in readers:
             for value in each.probes:
                 laid = laid_over(config, {HEAD: name, each.path: value})
-                _built(laid, dim, class_names, f"tune.space.{each.path}")
+                check_value(laid, dim, class_names, f"tune.space.{each.path}")
     if not dimensions and len(names) == 1:
         raise ConfigError(
             "there is nothing to search for",
@@ -163,6 +165,9 @@ def make_space(config: Config, dim: int, class_names: Sequence[str]) -> Space:
         frozenset(name for name, head in heads.items() if head.solved),
     )
     _check_needs(space)
+    for name, head in heads.items():
+        own = [each for each in dimensions if each.path in read[name]]
+        check_rates(head, laid_over(config, {HEAD: name}), own)
     return space
 
 
@@ -205,33 +210,6 @@ def _takes(config: Config, path: str, value: float) -> bool:
     except ConfigError:
         return False
     return True
-
-
-def laid_over(config: Config, params: Mapping[str, Any]) -> Config:
-    """The config with these settings, resolved.
-
-    Args:
-        config: Not resolved.
-        params: Settings by their path.
-
-    Raises:
-        ConfigError: A setting does not take its value; the dimension is named.
-    """
-    layers = Layers()
-    layers.add(Config, config.model_dump(), "featstore.yaml")
-    for path, value in params.items():
-        section, _, key = path.partition(".")
-        layers.add(Config, {section: {key: value}}, f"tune.space.{path}")
-    return resolved(layers.build(Config))
-
-
-def _built(config: Config, dim: int, class_names: Sequence[str], where: str) -> Head:
-    try:
-        return build_head(config.head, dim, len(class_names))
-    except FeatstoreError as error:
-        raise ConfigError(
-            error.found, expected=error.expected, where=where, fix="choose other values"
-        ) from error
 
 
 def _reads(config: Config, name: str, head: Head, dimension: Dimension) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.exceptions import ExperimentalWarning
-from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
@@ -21,6 +20,7 @@ from heads.evaluation.runs import RunError
 from heads.tuning.config import TuneConfig
 from heads.tuning.folder import Tuning
 from heads.tuning.locks import JournalLock
+from heads.tuning.pruners import make_pruner
 from heads.tuning.space import Space
 
 RESULT, ERROR, ADOPTED = "result", "error", "adopted"  # what is noted of a trial besides Optuna's own
@@ -104,20 +104,6 @@ def open_study(tuning: Tuning, storage: BaseStorage, fold: int, space: Space) ->
             pruner=pruner,
             direction=tuning.direction,
         )
-
-
-def make_pruner(tune: TuneConfig, epochs: int) -> BasePruner:
-    """Who ends hopeless trials.
-
-    Args:
-        tune: Which, and from when on.
-        epochs: The longest that a training can be.
-    """
-    if tune.pruner == "none" or tune.warmup_epochs >= epochs:
-        return NopPruner()
-    if tune.pruner == "hyperband":
-        return HyperbandPruner(min_resource=max(1, tune.warmup_epochs), max_resource=epochs)
-    return MedianPruner(n_startup_trials=tune.startup_trials, n_warmup_steps=tune.warmup_epochs)
 
 
 def propose(study: optuna.Study, space: Space, tune: TuneConfig, fold: int) -> FrozenTrial:

@@ -1,6 +1,6 @@
 """What is next: the trials that are begun, new ones, and the winner's trainings, each for one worker.
 
-One worker at a time decides. Who holds a trial's folder is at work on it; a trial that is at work and that
+One worker at a time decides. Who holds a trial's lock is at work on it; a trial that is at work and that
 nobody holds was left by a worker that ended, and the next one goes on with it under its number.
 """
 
@@ -120,6 +120,7 @@ class Tasks:
                 shutil.rmtree(self.tuning.folder.trial(fold, trial.number), ignore_errors=True)
                 holding.close()
                 continue
+            self._make_folder(fold, trial.number)
             handle = optuna.Trial(self.studies[fold], trial._trial_id)
             handle.set_user_attr(ADOPTED, noted(trial, ADOPTED, 0) + 1)
             self.tell(f"{self.name(fold, trial.number)} was left by another worker: going on with it")
@@ -135,22 +136,25 @@ class Tasks:
         holding = self._hold(fold, number)
         if holding is None:
             raise RunError(
-                f"another process holds the folder of trial {number}, which there is not yet",
-                where=str(self.tuning.folder.trial(fold, number)),
+                f"another process holds trial {number}, which there is not yet",
+                where=str(self.tuning.folder.locks),
                 fix="see that no other tuning writes to this folder",
             )
+        self._make_folder(fold, number)
         self.studies[fold].add_trial(propose(self.studies[fold], self.space, self.tuning.config.tune, fold))
         return TrialTask(fold, self.trials(fold)[number], holding)
 
     def _hold(self, fold: int, number: int) -> ExitStack | None:
-        """The trial's folder, held; None: another worker holds it."""
-        folder, holding = self.tuning.folder.trial(fold, number), ExitStack()
-        folder.mkdir(parents=True, exist_ok=True)
+        """The trial, held; None: another worker holds it."""
+        holding = ExitStack()
         try:
-            holding.enter_context(held(folder, "at this trial"))
+            holding.enter_context(self.tuning.folder.trial_held(fold, number))
         except RunError:
             return None
         return holding
+
+    def _make_folder(self, fold: int, number: int) -> None:
+        self.tuning.folder.trial(fold, number).mkdir(parents=True, exist_ok=True)
 
     def _final(self, fold: int, seed: int) -> FinalTask | None:
         """A training of the winner, if this worker has not failed at it and nobody is at it."""

@@ -9,28 +9,15 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from featstore.settings import leaves
 from heads.config import Config
 from heads.evaluation.config_file import config_text
 from heads.evaluation.runs import write_text
 from heads.evaluation.studies import Study
-from heads.project import MACHINE
 from heads.tuning.folder import Tuning
+from heads.tuning.given import value_of
 from heads.tuning.space import HEAD, Space
 
 BEST = "best.yaml"
-_PLACES = ("path", "suffix")  # settings of `runs` that say where a run is
-
-
-def given_settings(config: Config) -> list[str]:
-    """The settings of head, training and runs that somebody gave, those of a machine or place excepted."""
-    return [
-        leaf.path
-        for leaf in leaves(Config)
-        if leaf.section in ("head", "train", "runs")
-        and leaf.key in getattr(config, leaf.section).model_fields_set
-        and leaf.key not in (*MACHINE, *(_PLACES if leaf.section == "runs" else ()))
-    ]
 
 
 @dataclass(frozen=True)
@@ -78,12 +65,13 @@ class Winner:
         config = self.space.config(self.trial.params)
         splits = self.tuning.folder.splits.absolute()
         inside = splits.is_relative_to(project.absolute())
-        values: dict[str, dict[str, Any]] = {"head": {}, "train": {}, "runs": {}}
+        values: dict[str, Any] = {"head": {}, "train": {}}
         # What `auto` stood for on the first machine is a setting like any other.
         wanted = [HEAD, *self.settings, *self.tuning.about["given"], "train.amp"]
         for path in dict.fromkeys(wanted):
-            section, _, key = path.partition(".")
-            values[section][key] = getattr(getattr(config, section), key)
+            section, _, key = path.rpartition(".")
+            held = values.setdefault(section, {}) if section else values
+            held[key] = value_of(config, path)
         values["train"] |= {
             "load_splits": os.path.relpath(splits, project.absolute()) if inside else str(splits),
             "fold": self.fold,

@@ -125,7 +125,7 @@ class Worker:
                 handle.set_user_attr(RESULT, trainings.result())
                 self.tasks.studies[task.fold].tell(task.trial.number, state=TrialState.PRUNED)
                 return f"{value:.4f}, pruned after epoch {epoch}"
-        reports.pad(epoch, config.train.epochs, value)
+        reports.end(config.train.epochs, value)
         result = trainings.result()
         handle.set_user_attr(RESULT, result)
         self.tasks.studies[task.fold].tell(task.trial.number, value)

@@ -26,7 +26,7 @@ from tests import helpers
 
 NEEDED = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "munged", "mungekey")
 _PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin"))
-_ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
+ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
 _SLURM = """\
 ClusterName=featstore
 SlurmctldHost={host}(127.0.0.1)
@@ -91,8 +91,10 @@ class Slurm:
         return [job for job in found if "JobId" in job]
 
     def states(self, job: str) -> list[str]:
-        """The states of a job, or of all tasks of an array."""
-        tasks = [each for each in self.jobs() if job in (each["JobId"], each.get("ArrayJobId"))]
+        """The states of a job, of all tasks of an array, or of one (`ARRAY_TASK`)."""
+        array, _, number = job.partition("_")
+        tasks = [each for each in self.jobs() if array in (each["JobId"], each.get("ArrayJobId"))]
+        tasks = [each for each in tasks if number in ("", each.get("ArrayTaskId"))]
         return [task["JobState"] for task in tasks]
 
     def wait(self, jobs: Sequence[str], seconds: float = 240, logs: Path | None = None) -> None:
@@ -100,7 +102,7 @@ class Slurm:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             found = [each for job in jobs for each in self.states(job)]
-            if found and all(each in _ENDED for each in found):
+            if found and all(each in ENDED for each in found):
                 assert set(found) == {"COMPLETED"}, f"{found}\n{self.seen(logs)}"
                 return
             time.sleep(0.5)
@@ -136,7 +138,7 @@ def running(cpus: int = 2) -> Iterator[Slurm]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _lock(file: IO[str], seconds: float = 900) -> None:
+def _lock(file: IO[str], seconds: float = 600) -> None:
     """Wait until no other SLURM of these tests runs on this machine; skips if that takes too long."""
     end = time.monotonic() + seconds
     while True:

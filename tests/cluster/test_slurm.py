@@ -17,7 +17,7 @@ import pytest
 from featstore.extraction.share_table import read_pages, table_folder
 from featstore.store import Store
 from tests import helpers
-from tests.cluster.real_slurm import Slurm, running
+from tests.cluster.real_slurm import ENDED, Slurm, running
 from tests.command_line import answer, featstore, make_project, succeeded, write_config
 from tests.heads.planted import SMALL, make_planted_project
 
@@ -87,20 +87,37 @@ def done_of(project: Path, share: int) -> tuple[int, int]:
     return len(there & mine), len(mine)
 
 
-def test_an_array_of_extraction_one_task_killed_and_requeued_equals_a_single_run(
-    slurm: Slurm, tmp_path: Path
-) -> None:
-    cohort = {"cases": 8, "stains": ("h&e", "sox10"), "slices": 2, "patches": 16}
-    odd = tmp_path / "the lab's $(project)"
-    odd.mkdir()
-    project = make_project(odd, EXTRACTION, **cohort)
+def cut_short(slurm: Slurm, project: Path, slices: int) -> str | None:
+    """The number of an array of extraction whose task 2 was cancelled in the middle.
+
+    None where this machine was too slow in cancelling it: the task had done all of its work by then.
+    """
+    make_project(project, EXTRACTION, cases=8, stains=("h&e", "sox10"), slices=slices, patches=16)
     array = submitted(project, "extract")["extract"]
     until(slurm, project, lambda: done_of(project, 2)[0] > 0, "task 2 has committed something")
     slurm.run("scancel", f"{array}_2")
-    until(slurm, project, lambda: "CANCELLED" in slurm.states(array), "task 2 is cancelled")
-    assert "told to stop: saving" in log(project, f"extract-{array}_2"), slurm.seen(project / "logs")
+    until(slurm, project, lambda: slurm.states(f"{array}_2")[0] in ENDED, "task 2 has ended")
     done, all_ = done_of(project, 2)
-    assert 0 < done < all_, "the task was not killed in the middle"
+    if done == all_:
+        slurm.run("scancel", array)
+        return None
+    assert slurm.states(f"{array}_2") == ["CANCELLED"], slurm.seen(project / "logs")
+    assert "told to stop: saving" in log(project, f"extract-{array}_2"), slurm.seen(project / "logs")
+    assert 0 < done < all_
+    return array
+
+
+def test_an_array_of_extraction_one_task_killed_and_requeued_equals_a_single_run(
+    slurm: Slurm, tmp_path: Path
+) -> None:
+    odd = tmp_path / "the lab's $(project)"
+    for slices in (3, 6):  # where the first one was done too soon, more work
+        project = odd / str(slices)
+        project.mkdir(parents=True)
+        if array := cut_short(slurm, project, slices):
+            break
+    else:
+        pytest.fail("the task was never killed in the middle\n" + slurm.seen(project / "logs"))
     slurm.run("scontrol", "requeue", f"{array}_2")
     single = tmp_path / "single"
     single.mkdir()
@@ -174,7 +191,7 @@ def test_fifty_trainings_two_lost_and_one_damaged_are_named_submitted_again_and_
     assert "50 of 50 trainings finished" in log(project, f"collect-{again[1]}")
     for name in trainings:
         same_training(study / "trainings" / name, other / "trainings" / name)
-    nothing = featstore(project, "submit", "study", "collect", "--resume", "study_lab")
+    nothing = featstore(project, "submit", "study", "--resume", "study_lab")
     assert "nothing to submit" in nothing.stdout
 
 
@@ -195,6 +212,32 @@ def test_a_time_limit_shorter_than_the_work_saves_requeues_and_finishes(
     succeeded(whole, "train-head", "--seeds", 1, "--as", "long")
     name = "runs/study_long/trainings/fold_0_seed_42"
     same_training(project / name, whole / name)
+
+
+# In place of featstore: `check` stops when it is told to; anything else does not, but ends once restarted.
+HARD_OF_HEARING = """
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then echo "went on"; exit 0; fi
+if [ "$1" = check ]; then trap 'exit 143' TERM; else trap '' TERM; fi
+while :; do sleep 0.5; done
+"""
+
+
+@pytest.mark.slow
+def test_when_the_time_is_up_a_job_that_goes_on_is_put_back_though_it_never_stopped_and_another_told(
+    slurm: Slurm, tmp_path: Path
+) -> None:
+    (tmp_path / "deaf.sh").write_text(HARD_OF_HEARING)
+    command = {"command": f"bash {tmp_path / 'deaf.sh'}", "time": "1"}
+    project = planted(tmp_path / "deaf", {"slurm": command})
+    (check,) = submitted(project, "check").values()
+    (vae,) = submitted(project, "vae").values()
+    slurm.wait([vae], logs=project / "logs")
+    said = log(project, f"vae-{vae}")
+    for part in ("not stopped in time (what was saved last counts), and back", "restart 1", "went on"):
+        assert part in said
+    until(slurm, project, lambda: slurm.states(check)[0] in ENDED, "the check has ended")
+    assert slurm.states(check) == ["TIMEOUT"]
+    assert "the time was too short, and check would begin anew" in log(project, f"check-{check}")
 
 
 @pytest.mark.slow

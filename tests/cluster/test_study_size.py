@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from featstore.errors import ConfigError
 from tests.cluster.machine import Machine, make_machine
 from tests.cluster.test_submit import submit, words_of
-from tests.command_line import answer, featstore, succeeded
+from tests.command_line import answer, featstore, listing, succeeded
 from tests.heads.planted import SMALL, make_planted_project
 from tests.test_study_command import without_pictures
 
@@ -73,13 +72,35 @@ def test_the_size_of_a_study(
     given = {**config, "slurm": {"command": "featstore", **config.get("slurm", {})}}
     done = submit(project, "study", config=given, **options)
     assert done.jobs[0].tasks == array
-    assert words_of(machine, done, "study")[7:] == words
+    assert words_of(machine, done, "study")[8:] == words
 
 
 def test_other_folds_than_there_are_splits_are_refused(machine: Machine, project: Path) -> None:
     splits(project, 1, 2, 3)
     with pytest.raises(ConfigError, match="holds 3 splits"):
         submit(project, "study", folds=5)
+
+
+@pytest.mark.parametrize(
+    ("train", "files", "says"),
+    [
+        ({"fold": 0}, (), "train.fold is 0, but a study trains every fold"),
+        ({"load_splits": "nowhere"}, (), "there are no splits in"),
+        ({"load_splits": "splits"}, ("data_splits_1", "data_splits_01"), "are both split number 1"),
+        ({}, ("data_splits_1", "data_splits_01"), "are both split number 1"),
+        ({}, ("data_splits_0",), "has no number from 1 on"),
+    ],
+)  # fmt: skip
+def test_splits_that_no_task_could_use_are_refused(
+    machine: Machine, project: Path, train: dict[str, Any], files: tuple[str, ...], says: str
+) -> None:
+    (project / "splits").mkdir()
+    for name in files:
+        (project / "splits" / f"{name}.npz").touch()
+    before = listing(project)
+    with pytest.raises(ConfigError, match=says):
+        submit(project, "study", config={"train": train})
+    assert listing(project) == before
 
 
 def test_with_a_store_the_tasks_are_cut_by_how_long_a_training_takes(
@@ -127,16 +148,33 @@ def test_only_tasks_with_something_to_do_are_submitted_again(
     by_name = answer(project, "submit", "study", "--as", "lab")["jobs"]
     assert by_name[0]["tasks"] == "2,4"
     words = words_of(machine, submit(project, "study", resume=Path("study_lab"), config=SETTINGS), "study")
-    assert words[5:] == ["--resume", str(study), "--task", "auto/6"]
+    assert words[6:] == ["--resume", str(study), "--task", "auto/6"]
     assert "begun with 2" in featstore(project, "submit", "study", "--as", "lab", "--seeds", 3).stderr
 
     for task in ("2", "4"):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
-        succeeded(project, "train-head", *words[5:])
+        succeeded(project, "train-head", *words[6:])
     assert {r.name: (r / "predictions.csv").read_bytes() for r in (study / "trainings").iterdir()} == before
     machine.forget()
-    nothing = featstore(project, "submit", "study", "collect", "--resume", "study_lab")
-    assert nothing.exit_code == 0
-    assert "nothing to submit: all trainings" in nothing.stdout
+    for flags in (("--resume", "study_lab"), ("--as", "lab"), ("--as", "study_lab")):
+        nothing = featstore(project, "submit", "study", *flags)
+        assert nothing.exit_code == 0
+        assert "nothing to submit: all trainings" in nothing.stdout
+        assert answer(project, "submit", "study", *flags)["jobs"] == []
     assert machine.calls("sbatch") == []
-    assert json.loads(featstore(project, "submit", "study", "--as", "lab", "--json").stdout)["jobs"] == []
+    # What else is asked for is submitted, and waits for what there is of it.
+    steps = ("extract", "tune", "study", "collect", "finetune")
+    for flags in (("--resume", "study_lab"), ("--as", "study_lab")):
+        machine.forget()
+        rest = featstore(project, "submit", *steps, *flags)
+        assert rest.exit_code == 0, rest.output
+        assert "study: nothing to submit: all trainings" in rest.stdout
+        called = [(Path(call[-1]).stem, [w for w in call if "dependency" in w]) for call in
+                  machine.calls("sbatch")]  # fmt: skip
+        assert called == [
+            ("extract", []),
+            ("tune", ["--dependency=afterok:101"]),
+            ("collect", ["--dependency=afterok:101"]),
+            ("finetune", ["--dependency=afterok:103"]),
+        ]
+        assert f"finetune: from {study / 'trainings' / 'fold_0_seed_42'}" in rest.stdout

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from featstore.errors import ConfigError, FeatstoreError
 from featstore.settings import Layers
 from featstore.strict_yaml import read_file
+from heads.cluster.checks import time_seconds
 from heads.cluster.plan import STEPS, launcher
 from heads.cluster.sbatch import SubmitError, clean_environment
 from heads.cluster.scripts import Job, script
@@ -24,7 +25,7 @@ from heads.cluster.submission import Submission
 from heads.cluster.submit import submit_project
 from heads.config import Config
 from tests.cluster.machine import Machine, make_machine
-from tests.command_line import listing
+from tests.command_line import answer, featstore, listing, make_project
 
 SETTINGS: dict[str, Any] = {
     "labels": {"file": "labels.csv"},
@@ -105,7 +106,7 @@ def test_what_each_job_runs(machine: Machine, project: Path) -> None:
     assert folder is not None
     assert folder.parent == project / "reports" / "submit"
     assert folder.name.endswith("_first")
-    common = ["--project", str(project), "--config", str(folder / "settings.yaml")]
+    common = ["--project", str(project), "--config", str(folder / "settings.yaml"), "--only-config"]
     study = f"{project}/runs/study_first"
     expected = {
         "check": ["check", *common],
@@ -157,7 +158,7 @@ def test_two_submissions_in_one_second_get_a_folder_each(machine: Machine, proje
     assert len({done.folder for done in made}) == 3
     for done in made:
         assert done.folder is not None
-        assert words_of(machine, done, "study")[5:7] == ["--as", done.folder.name]
+        assert words_of(machine, done, "study")[6:8] == ["--as", done.folder.name]
         assert f"study_{done.folder.name}" in words_of(machine, done, "finetune")[-1]
 
 
@@ -217,6 +218,8 @@ def test_a_job_that_is_refused_names_those_that_were_not(
         (("extract",), {"name": "a b"}, "--as is 'a b'"),
         (("extract",), {"name": "../x"}, "--as is"),
         (("extract",), {"name": "x" * 65}, "at most 64"),
+        (("tune",), {"name": "tune_"}, "--as is 'tune_'"),
+        (("study",), {"name": "b", "resume": Path("study_a")}, "--resume study_a and --as b at once"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_submitted_is_refused_before_anything_is_written(
@@ -239,6 +242,8 @@ def test_what_cannot_be_submitted_is_refused_before_anything_is_written(
         ({"command": "   "}, "slurm.command"),
         ({"logs": "back\\slash"}, "backslash"),
         ({"logs": "new\nline"}, "line break"),
+        ({"time": "3"}, r"time of 3 \(180 s\), and is told to stop 120 s before"),
+        ({"steps": {"extract": {"time": "0-0:3:1"}}, "signal_seconds": 121}, "0-0:3:1"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_handed_on_are_refused(
@@ -249,11 +254,53 @@ def test_settings_that_cannot_be_handed_on_are_refused(
     assert listing(project) == {}
 
 
-def test_a_project_in_a_folder_with_a_line_break_is_refused(machine: Machine, tmp_path: Path) -> None:
-    odd = tmp_path / "two\nlines"
+@pytest.mark.parametrize(("name", "says"), [(b"two\nlines", "line break"), (b"caf\xe9", "not UTF-8")])
+def test_a_project_in_a_folder_that_no_script_can_name_is_refused(
+    machine: Machine, tmp_path: Path, name: bytes, says: str
+) -> None:
+    odd = tmp_path / os.fsdecode(name)
     odd.mkdir()
-    with pytest.raises(ConfigError, match="line break"):
+    with pytest.raises(ConfigError, match=says):
         submit(odd, "check")
+    assert listing(odd) == {}
+
+
+def test_a_run_that_no_script_can_name_is_refused(machine: Machine, project: Path) -> None:
+    run = project / os.fsdecode(b"caf\xe9")
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    before = listing(project)
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        submit(project, "finetune", run=run, config={"slurm": {"command": "featstore"}})
+    assert listing(project) == before
+
+
+@pytest.mark.parametrize("logs", ["taken", "taken/logs"])
+def test_logs_in_a_file_are_refused(machine: Machine, project: Path, logs: str) -> None:
+    (project / "taken").touch()
+    before = listing(project)
+    with pytest.raises(ConfigError, match="taken is a file"):
+        submit(project, "check", config={"slurm": {"logs": logs}})
+    assert listing(project) == before
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("1", 60), ("90", 5400), ("0:30", 60), ("2:00", 120), ("1:02:03", 3780), ("1-00", 86400),
+        ("1-2:03", 93780), ("1-02:03:04", 93840), ("0", None), ("0:00", None),
+    ],
+)  # fmt: skip
+def test_times_as_slurm_reads_them(time: str, seconds: int | None) -> None:
+    assert time_seconds(time) == seconds
+
+
+def test_a_short_time_is_refused_only_where_a_job_is_told_to_stop_before(
+    machine: Machine, project: Path
+) -> None:
+    submit(project, "extract", config={"slurm": {"time": "1", "signal_seconds": 20}})
+    submit(project, "extract", config={"slurm": {"time": "0"}})
+    submit(project, "check", "verify", config={"slurm": {"time": "1"}})
 
 
 def test_the_options_of_sbatch(machine: Machine, project: Path) -> None:
@@ -328,14 +375,14 @@ def test_hostile_values_reach_no_shell(
     assert f"--mail-user={mail}" in called
     assert f"--chdir={project}" in called
     assert f"--output={str(project / folder).replace('%', '%%')}/extract-%A_%a.log" in called
-    plain = script(Job("extract", "featstore-extract", ("extract",), Config().slurm, "0-7"))
+    plain = script(Job("extract", "extract-featstore", ("extract",), Config().slurm, "0-7"))
     assert directives(job.script) == directives(plain)
     # The line that is shown, when a shell reads it, calls the same.
     machine.forget()
     subprocess.run(["bash", "-c", job.line], env=machine.environment, check=True, stdout=subprocess.DEVNULL)
     assert machine.calls("sbatch") == [called]
-    words = words_of(machine, done, "extract")
-    assert words[:5] == ["extract", "--project", str(project), "--config", f"{done.folder}/settings.yaml"]
+    settings = ["--config", f"{done.folder}/settings.yaml", "--only-config"]
+    assert words_of(machine, done, "extract")[:6] == ["extract", "--project", str(project), *settings]
     assert not list(where.rglob("hurt"))
 
 
@@ -363,9 +410,24 @@ def test_jobs_see_the_settings_of_now_whatever_is_written_later(machine: Machine
     done = submit_project(config, project, ["extract"])
     assert done.folder is not None
     layers = Layers()
-    later = {"train": {"epochs": 99, "lr": 0.5}, "stains": {"cd31": ["cd31"]}, "exclude": ["1"]}
-    layers.add(Config, later, "featstore.yaml")
     layers.add(Config, read_file(done.folder / "settings.yaml"), "settings.yaml")
-    assert layers.build(Config) == config
-    # What is told when it is given: not given before, not given now.
-    assert not {"bag_size", "min_lr"} & layers.build(Config).train.model_fields_set
+    found = layers.build(Config)
+    assert found == config
+    # What was not given is not given now either: some keys mean something by being named.
+    assert found.model_dump(exclude_unset=True) == config.model_dump(exclude_unset=True)
+
+
+def test_jobs_do_not_read_what_is_written_into_featstore_yaml_later(
+    machine: Machine, project: Path
+) -> None:
+    make_project(project, {"slurm": {"command": "featstore"}})
+    before = answer(project, "check")
+    jobs = answer(project, "submit", "check")["jobs"]
+    (project / "featstore.yaml").write_text("trian: {epochs: 3}\n")
+    assert featstore(project, "check").exit_code == 2
+    done = machine.run(
+        jobs[0]["script"] if "script" in jobs[0] else Path(jobs[0]["command"][-1]).read_text()
+    )
+    assert done.returncode == 0, done.stdout
+    (words,) = machine.calls("featstore")
+    assert answer(project.parent, *words)["patches"] == before["patches"]

@@ -7,7 +7,9 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from heads.config import Config
 from heads.tuning.project import tune_project
 from heads.tuning.report import TuneReport
 from heads.tuning.trial import Trainings
+from heads.tuning.workers import Worker
 from tests.heads.planted import make_planted_project
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -82,16 +85,21 @@ def adopted(folder: Path, name: str = "a") -> int:
 
 
 def crowd(folder: Path, name: str, count: int, killed: bool) -> None:
-    """Tune in ``count`` forked processes; the first is killed in its second trial, if so wanted."""
+    """Tune in ``count`` forked processes; the first is killed in its first trial, if so wanted."""
     without_pictures(setattr_of)
     tune(folder, "warm", tune={"trials": 4, "startup_trials": 2})  # what is loaded is loaded once
+    # Its threads have ended their work, and no process uses any after the fork.
+    warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
     pids = []
     for index in range(count):
         if pid := os.fork():
             pids.append(pid)
             continue
-        if killed and index == 0:
-            _die_in_second_trial()
+        dies = killed and index == 0
+        begun = [folder / f"begun_{each}" for each in range(count)]
+        _wait_before_work(begun[index], begun if dies or not killed else [*begun, folder / "dying"])
+        if dies:
+            _die_in_first_trial(folder / "dying")
         said: list[str] = []
         report = tune(folder, name, said.append)
         (folder / f"worker_{index}.json").write_text(json.dumps([said, report.to_text()]))
@@ -101,16 +109,33 @@ def crowd(folder: Path, name: str, count: int, killed: bool) -> None:
     assert ends == expected, (ends, expected)
 
 
-def _die_in_second_trial() -> None:
-    advance, seen = Trainings.advance, dict.fromkeys([-1], 0)
+def _wait_before_work(mine: Path, others: Sequence[Path]) -> None:
+    """Let no worker take a trial before there are all of ``others``, however slowly they come."""
+    work = Worker.work
 
-    def dying(self: Trainings, epoch: int, received: Any) -> None:
-        seen[id(self)] = epoch
-        if len(seen) > 2 and epoch == 2:
+    def waiting(self: Worker) -> None:
+        mine.touch()
+        for _ in range(10_000):  # at least 100 seconds: that one of them has failed is told as well
+            if all(each.exists() for each in others):
+                break
+            time.sleep(0.01)
+        work(self)
+
+    Worker.work = waiting  # type: ignore[method-assign]
+
+
+def _die_in_first_trial(dying: Path) -> None:
+    """Before its second epoch, when the first has been saved."""
+    advance = Trainings.advance
+    setattr_of("heads.tuning.workers.SAVE_SECONDS", 0.0)
+
+    def deadly(self: Trainings, epoch: int, received: Any) -> None:
+        if epoch == 2:
+            dying.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         advance(self, epoch, received)
 
-    Trainings.advance = dying  # type: ignore[method-assign]
+    Trainings.advance = deadly  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Eight workers on one journal, one of them killed in the middle of a trial."""
+"""Eight workers on one journal, one of them killed in the middle of its first trial."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pandas as pd
 from tests import helpers
 from tests.tuning.projects import make_project
 
-TRIALS, WORKERS = 64, 8
+TRIALS, WORKERS = 32, 8
 
 
 def test_eight_workers_and_a_killed_one_do_every_trial_once(tmp_path: Path) -> None:
@@ -44,15 +44,15 @@ def test_eight_workers_and_a_killed_one_do_every_trial_once(tmp_path: Path) -> N
     assert set(trials["state"]) <= {"finished", "pruned"}
     assert trials["value"].notna().all()
     assert trials["train.lr"].nunique() == TRIALS
-    assert (trials["adopted"] == 1).sum() == 1  # the killed one's, under its own number
-    assert (trials["adopted"] > 1).sum() == 0
+    assert list(trials["adopted"]) == [1] + [0] * (TRIALS - 1)  # the killed one's, the first of all
 
     said = [json.loads(file.read_text())[0] for file in sorted(folder.glob("worker_*.json"))]
     assert len(said) == WORKERS - 1
     assert sum("was left by another worker" in line for lines in said for line in lines) == 1
     worked = [sum("] trial" in line for line in lines) for lines in said]
-    assert min(worked) > 0  # all of them had a share
-    assert sum(worked) == TRIALS - 1  # one had been done by the killed worker
+    assert sum(count > 0 for count in worked) > 1  # how large a share is, is the scheduler's
+    assert sum(worked) == TRIALS
+    assert not any("begins anew" in line for lines in said for line in lines)
     assert sum("the winner" in line for lines in said for line in lines) == 1
     # Its losses are on record whole: every trial ended has a value for each of its folds and epochs.
     assert (trials["inner_epochs"] > 0).all()

@@ -12,7 +12,8 @@ import pytest
 from featstore.errors import ConfigError
 from featstore.settings import Layers
 from heads.config import Config
-from heads.models.head import load_plugin
+from heads.models.head import build_head, load_plugin
+from heads.training.optimizer import make_optimizer, make_scheduler
 from heads.tuning.config import Range
 from heads.tuning.dimensions import make_dimension
 from heads.tuning.space import Space, make_space
@@ -151,9 +152,50 @@ def test_choices_of_any_kind() -> None:
     assert {each["train.per_slice_cap"] for each in found} == set(sizes)
 
 
+def test_what_nobody_gave_is_not_given_by_being_tuned_beside() -> None:
+    space = space_of(tune={"space": {"train.lr": {"low": 1e-7, "high": 1e-3, "log": True}}})
+    train = space.config({"train.lr": 1e-7}).train
+    assert "min_lr" not in train.model_fields_set  # else it would be refused: it is above train.lr
+    assert "lr" in train.model_fields_set
+    head = build_head(space.config({}).head, 12, 2)
+    assert make_scheduler(make_optimizer(head, train), train) is not None
+
+
+RATES = {"low": 1e-7, "high": 1e-3, "log": True}
+
+
+@pytest.mark.parametrize(
+    ("given", "space", "says"),
+    [
+        ({"min_lr": 1e-5}, {"train.lr": RATES}, ("tune.space.train.lr",)),
+        ({"lr": 1e-4}, {"train.min_lr": RATES}, ("tune.space.train.min_lr", "0.001")),
+        ({}, {"train.lr": RATES, "train.min_lr": {"low": 0.0, "high": 1e-6}}, ("train.lr", "train.min_lr")),
+        (
+            {"min_lr": 1e-5, "scheduler": "none"},
+            {"train.lr": RATES, "train.scheduler": {"choices": ["none", "cosine"]}},
+            ("tune.space.train.lr",),
+        ),
+    ],
+)
+def test_rates_that_cannot_be_are_refused_before_any_trial(given: Any, space: Any, says: Any) -> None:
+    with pytest.raises(ConfigError, match="above train") as raised:
+        space_of(train=given, tune={"space": space})
+    for part in says:
+        assert part in str(raised.value)
+
+
+def test_rates_that_go_together_only_without_a_schedule() -> None:
+    space_of(train={"min_lr": 1e-5, "scheduler": "none"}, tune={"space": {"train.lr": RATES}})
+    space_of(train={"min_lr": 1e-7}, tune={"space": {"train.lr": RATES}})
+
+
 @pytest.mark.parametrize(
     ("tuned", "says"),
     [
+        (
+            {"space": {"train.reg_weight_l1": {"choices": [0.1, {"slice": 0.1}]}}, "heads": ["abmil"]},
+            ("slice", "tune.space.train.reg_weight_l1"),
+        ),
         ({"space": {"train.lrr": LR}}, ("no setting 'train.lrr'", "train.lr", "tune.space.train.lrr")),
         ({"space": {"lr": LR}}, ("no setting 'lr'", "train.lr")),
         ({"space": {"train": LR}}, ("is a section",)),

@@ -25,8 +25,9 @@ from heads.evaluation.runs import RunError
 from heads.tuning.config import TuneConfig
 from heads.tuning.folder import TuneFolder, Tuning
 from heads.tuning.locks import JournalLock, exclusive
+from heads.tuning.pruners import make_pruner
 from heads.tuning.space import Space, make_space
-from heads.tuning.storage import make_pruner, open_storage, open_study, propose, quiet
+from heads.tuning.storage import open_storage, open_study, propose, quiet
 from tests import helpers
 
 HOLDER = """
@@ -165,7 +166,7 @@ def test_who_prunes(tmp_path: Path) -> None:
     def kind(**tune: Any) -> str:
         return type(make_pruner(TuneConfig.model_validate(tune), 30)).__name__
 
-    assert kind() == "MedianPruner"
+    assert kind() == "MedianOfEnds"
     assert kind(pruner="hyperband") == "HyperbandPruner"
     assert kind(pruner="none") == "NopPruner"
     assert kind(pruner="hyperband", warmup_epochs=30) == "NopPruner"  # there is no epoch left to save

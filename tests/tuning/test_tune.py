@@ -14,12 +14,15 @@ import pytest
 
 from featstore.cohort.splits import read_split
 from featstore.resident import CaseBags
+from featstore.strict_yaml import read_file
+from heads.config import Config, resolved
 from heads.training.loop import Training
+from heads.tuning.project import tune_project
 from heads.tuning.report import TuneReport
 from heads.tuning.trial import Trainings
 from tests.command_line import succeeded
-from tests.heads.planted import CASES, LABELS
-from tests.tuning.projects import adopted, make_project, trials_of, tune, without_pictures
+from tests.heads.planted import CASES, LABELS, make_store
+from tests.tuning.projects import adopted, config_of, make_project, trials_of, tune, without_pictures
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +109,54 @@ def test_run_again_it_says_what_was_found_and_changes_nothing(
     assert any("not used: tune.trials" in line for line in said)
     after = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*") if p.is_file()}
     assert {p.name for p in after if after[p] != before.get(p)} == set()
+
+
+def test_what_was_given_of_the_data_is_given_to_the_winner(tmp_path: Path) -> None:
+    folder = make_project(tmp_path / "project", tune={"trials": 1, "inner_folds": 1})
+    make_store(folder / "other", offset=2.0)
+    (folder / "mine.csv").write_text((folder / "labels.csv").read_text().replace("Case,", "Patient,"))
+    given = (
+        "--set",
+        "store.path=other",
+        "--set",
+        "labels.file=mine.csv",
+        "--set",
+        "labels.case_column=Patient",
+    )
+    succeeded(folder, "tune", "--as", "a", *given, "--exclude", "[1, 2]", "--load-splits", "null")
+    best = folder / "runs" / "tune_a" / "best.yaml"
+    said = read_file(best)
+    assert said["store"] == {"path": "other"}
+    assert said["labels"] == {"file": "mine.csv", "case_column": "Patient"}
+    assert said["exclude"] == ["1", "2"]
+    assert said["classes"] == {"benign": ["0"], "malignant": ["1"]}
+    assert set(said) == {"head", "train", "runs", "store", "labels", "exclude", "classes"}
+    succeeded(folder, "train-head", "--config", best, "--runs-path", folder / "again")
+    (again,) = (folder / "again").iterdir()
+    own = folder / "runs" / "tune_a" / "outer_0" / "final_seed_42"
+    assert (again / "predictions.csv").read_bytes() == (own / "predictions.csv").read_bytes()
+
+
+def test_every_worker_but_the_first_is_as_the_first(whole: tuple[Path, TuneReport], tmp_path: Path) -> None:
+    """Every setting given twice, the same: nothing is told, and what was not given then is not now."""
+    space = {"train.lr": {"low": 1e-7, "high": 1e-2, "log": True}, "head.dropout": {"choices": [0.1, 0.3]}}
+    folder = make_project(tmp_path / "project", tune={"trials": 1, "inner_folds": 1, "space": space})
+    config = config_of(folder)
+    first = tune_project(config, folder, "a")
+    said: list[str] = []
+    every = Config.model_validate(config.model_dump())  # `auto` too
+    second = tune_project(every, folder, "a", said.append)
+    assert not [line for line in said if "not used" in line]
+    for section in ("head", "train"):
+        sets = [getattr(each.tuning.config, section).model_fields_set for each in (first, second)]
+        assert sets[0] == sets[1]
+    assert "min_lr" not in second.tuning.config.train.model_fields_set
+    # What a head has of itself, and the machine for `auto`, is no other setting when it is named.
+    named = resolved(every).train.model_copy(update={"amp": "off"})
+    tune_project(every.model_copy(update={"train": named}), folder, "a", said.append)
+    assert not [line for line in said if "not used" in line]
+    tune(folder, "a", said.append, train={"weight_decay": 0.5})
+    assert any("not used: train.weight_decay" in line and "train.lr" not in line for line in said)
 
 
 @pytest.mark.slow
