@@ -35,8 +35,6 @@ from heads.study_tasks import Asked, TaskReport, share_of
 from heads.study_trainings import Outcome, process_count, train_in_processes, train_in_turn
 from heads.training.course import Progress
 
-_SEEDS = 2**32
-
 
 def train(
     config: Config,
@@ -118,14 +116,7 @@ def study_project(
     Raises:
         FeatstoreError: Whatever stands in the way of all trainings; one that fails is in the report.
     """
-    shard, folds, seeds = asked.shard, asked.folds, 1 if asked.seeds is None else asked.seeds
-    if not 1 <= seeds <= _SEEDS - config.train.seed:
-        raise ConfigError(
-            f"--seeds is {seeds}",
-            expected="how many trainings each fold gets, 1 or more; seeds lie below 2**32",
-            where="--seeds, train.seed",
-            fix="--seeds 10",
-        )
+    shard, folds, seeds = asked.shard, asked.folds, asked.count_seeds(config.train.seed)
     config = resolved(with_folds(config, folds))
     load_plugin(plugin_of(config, project))
     store = Store.open(project / config.store.path)

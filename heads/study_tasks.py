@@ -15,6 +15,8 @@ from heads.evaluation.named import check_not_both, named_folder
 from heads.evaluation.studies import Study, counted, is_study
 from heads.study_trainings import Outcome
 
+_SEEDS = 2**32
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -38,6 +40,25 @@ class Asked:
     def of_a_study(self) -> bool:
         """Whether a new folder would be a study's."""
         return self.folds is not None or self.seeds is not None or self.task is not None
+
+    def count_seeds(self, first: int) -> int:
+        """How many trainings each fold gets.
+
+        Args:
+            first: The first seed.
+
+        Raises:
+            ConfigError: There are none, or not so many seeds.
+        """
+        seeds = 1 if self.seeds is None else self.seeds
+        if not 1 <= seeds <= _SEEDS - first:
+            raise ConfigError(
+                f"--seeds is {seeds}",
+                expected="how many trainings each fold gets, 1 or more; seeds lie below 2**32",
+                where="--seeds, train.seed",
+                fix="--seeds 10",
+            )
+        return seeds
 
     @property
     def shard(self) -> Shard | None:

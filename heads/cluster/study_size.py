@@ -13,9 +13,8 @@ from heads.config import Config
 from heads.evaluation.studies import Status, Study, counted, open_study
 from heads.evaluation.study_results import left
 from heads.splits import study_files, with_folds
-from heads.study_tasks import share_of
+from heads.study_tasks import Asked, share_of
 
-_SEEDS = 2**32
 _MOST = 100_000  # trainings of a study: far more is a slip of the keyboard
 _TASK_SECONDS = 600.0  # of a task: far more than it takes to start it
 # A study of 50 trainings, 30 epochs, 64,526 patches of 1024 features took 711 s on two cores
@@ -63,14 +62,8 @@ def new_study(config: Config, project: Path, folds: int | None, seeds: int | Non
     Raises:
         ConfigError: There is no such study.
     """
-    found, count = _folds(config, project, folds), 1 if seeds is None else seeds
-    if not 1 <= count <= _SEEDS - config.train.seed:
-        raise ConfigError(
-            f"--seeds is {count}",
-            expected="how many trainings each fold gets, 1 or more; seeds lie below 2**32",
-            where="--seeds, train.seed",
-            fix="--seeds 10",
-        )
+    count = Asked(folds, seeds).count_seeds(config.train.seed)
+    found = _folds(config, project, folds)
     total = len(found) * count
     if total > _MOST:
         raise ConfigError(

@@ -62,9 +62,19 @@ class StudyFolder:
     @contextmanager
     def training_held(self, fold: int, seed: int) -> Iterator[None]:
         """Keep other processes from this training; raises RunError if one is at it."""
-        locks = self.path / "locks"  # not in its folder, which is made anew where a training failed
-        locks.mkdir(exist_ok=True)
-        with held(locks, name=f"fold_{fold}_seed_{seed}"):
+        with self.locked(f"fold_{fold}_seed_{seed}", "training here"):
+            yield
+
+    @property
+    def locks(self) -> Path:
+        """The files that are locked while something is at work."""
+        return self.path / "locks"
+
+    @contextmanager
+    def locked(self, name: str, doing: str) -> Iterator[None]:
+        """Hold a lock of this folder: not one in the folder of what is done, which may be removed."""
+        self.locks.mkdir(exist_ok=True)
+        with held(self.locks, doing, name=name):
             yield
 
     def failure(self, fold: int, seed: int) -> Path:

@@ -17,7 +17,6 @@ from heads.evaluation.named import made_at_once
 from heads.evaluation.runs import (
     RunError,
     RunFolder,
-    held,
     new_folder,
     read_config,
     read_description,
@@ -71,9 +70,7 @@ class TuneFolder(StudyFolder):
     @contextmanager
     def trial_held(self, fold: int, number: int) -> Iterator[None]:
         """Keep other workers from this trial; raises RunError if one is at it."""
-        locks = self.locks  # not in the trial's folder, which is removed by whoever ends it
-        locks.mkdir(exist_ok=True)
-        with held(locks, "at this trial", name=f"{_TRIAL}{fold}_{number}"):
+        with self.locked(f"{_TRIAL}{fold}_{number}", "at this trial"):
             yield
 
     def drop_trials(self) -> None:
@@ -81,11 +78,6 @@ class TuneFolder(StudyFolder):
         shutil.rmtree(self.path / "trials", ignore_errors=True)
         for lock in self.locks.glob(f"{_TRIAL}*"):
             lock.unlink(missing_ok=True)
-
-    @property
-    def locks(self) -> Path:
-        """The files that are locked while a trial, or a training of the winner, is at work."""
-        return self.path / "locks"
 
     def training(self, fold: int, seed: int) -> RunFolder:
         """The run folder of one training of the winner."""

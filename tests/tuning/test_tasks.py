@@ -104,7 +104,7 @@ def test_a_folder_that_is_removed_lets_go_of_no_lock(
         task.holding.close()
         return held(*args, **named)
 
-    monkeypatch.setattr("heads.tuning.folder.held", end_it)
+    monkeypatch.setattr("heads.evaluation.studies.held", end_it)
     assert other.next() is None
     assert not tuning.folder.trial(0, 0).exists()
     tuning.folder.drop_trials()
