@@ -107,7 +107,7 @@ def _history(rows: Sequence[TrialRow], objective: str, minimize: bool) -> Figure
         axes.scatter(number[failed], edge, s=40, marker="x", color="0.35", label=f"failed ({failed.sum()})")
     beyond = int(((value < limits[0]) | (value > limits[1])).sum())
     axes.set(xlabel="trial", ylabel=_SHOWN[objective], ylim=_wider(limits))
-    axes.set_title("Trials" + (f" ({beyond} beyond the edge are drawn at it)" if beyond else ""))
+    axes.set_title("Trials" + (f" (drawn at the edge, and beyond it: {beyond})" if beyond else ""))
     _grid(axes)
     axes.legend()
     return figure
